@@ -1,0 +1,54 @@
+# One command for each thing a person wants to do; `make` alone lists them.
+PYTHON ?= python3
+ENVS   := .envs
+BIN    := $(ENVS)/main/bin
+# an environment each: the router and the published agent bring dependencies that are not ours
+READY  := $(ENVS)/main/.ready
+ROUTER := $(ENVS)/crossbar/.ready
+PEER   := $(ENVS)/socs/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run check test unit test-docker clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) $(ROUTER) ## a real router, the real agent and an emulated SMuRF server, in a scratch folder
+	$(BIN)/python -m tests.demo
+
+run: $(READY) $(ROUTER) ## router and agent in the foreground on UDP 8200, database under ./var, until Ctrl-C
+	$(BIN)/python -m tests.foreground
+
+check: $(READY) ## what CI checks besides the tests: style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY) $(ROUTER) $(PEER) ## all tests, with the package's coverage
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+unit: $(READY) ## the tests that need no other process
+	$(BIN)/python -m pytest tests/unit
+
+test-docker: $(READY) ## build the images, bring compose up, send files through it
+	$(BIN)/python -m pytest tests/docker
+
+clean: ## remove the environments and ./var
+	rm -rf $(ENVS) var
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(ENVS)/main
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(ROUTER): tests/requirements-crossbar.txt
+	$(PYTHON) -m venv $(ENVS)/crossbar
+	$(ENVS)/crossbar/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+$(PEER): tests/requirements-socs.txt
+	$(PYTHON) -m venv $(ENVS)/socs
+	$(ENVS)/socs/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
