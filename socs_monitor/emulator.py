@@ -51,7 +51,7 @@ REGISTERS: Mapping[str, str | int | float | bool] = {
     **{_CARRIER + name: 17 for name in ("UpTimeCnt", "FpgaVersion")},
     **{_CARRIER + name: "0x5ac98bb8" for name in ("GitHash", "BuildStamp")},
     **{_CRYO + f"RtmCryoDet.{name}": 76799 for name in ("RampMaxCnt", "FluxRampStartMode")},
-    **{_CRYO + f"SysgenCryo.Base[{band}].bandCenterMHz": 4250.0 + 500 * band for band in range(8)},
+    **{_CRYO + f"SysgenCryo.Base[{band}].bandCenterMHz": 4250.0 + 500 * band for band in range(6)},
     "AMCc.enable": True,
     "AMCc.FpgaTopLevel.AmcCarrierCore.AxiSysMonUltraScale.Temperature": 54.25,
 }
