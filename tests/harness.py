@@ -127,7 +127,8 @@ class Process:
         self.log_path = log_path
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._cwd = cwd
-        self._log_begin = 0
+        self._log_begin = 0  # offset of the latest start, bytes
+        self._read_to = 0  # offset that `new_lines` has come to, bytes
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -163,12 +164,22 @@ class Process:
             log.seek(self._log_begin)
             return log.read().decode(errors="replace")
 
+    def new_lines(self) -> list[str]:
+        """The complete lines that the process has printed since the last call."""
+        with open(self.log_path, "rb") as log:
+            log.seek(self._read_to)
+            *lines, rest = log.read().split(b"\n")
+            self._read_to = log.tell() - len(rest)
+        return [line.decode(errors="replace") for line in lines]
+
     def start(self) -> None:
         """Start the process; it may have run before."""
         assert self._process is None or self.exit_code is not None, "still running"
         with_parent = [sys.executable, "-ISc", _WITH_PARENT, str(os.getpid())]
         with open(self.log_path, "ab") as log:
             self._log_begin = log.tell()
+            if self._process is None:
+                self._read_to = self._log_begin
             self._process = subprocess.Popen(
                 [*with_parent, *self.command],
                 stdin=subprocess.DEVNULL,

@@ -32,9 +32,9 @@ class Subscriber(Process):
     """
 
     def __init__(self, folder: Path, router: Router, topics: Sequence[str] = ("observatory.",)) -> None:
-        super().__init__(
-            [OWN_BIN / "python", "-m", "tests.subscriber", router.ws_url, *topics], folder / "subscriber.log"
-        )
+        command = [OWN_BIN / "python", "-m", "tests.subscriber", router.ws_url, *topics]
+        super().__init__(command, folder / "subscriber.log")
+        self._messages: list[FeedMessage] = []
 
     def start(self) -> None:
         """Start it and wait until it has subscribed."""
@@ -43,8 +43,8 @@ class Subscriber(Process):
 
     def messages(self, topic: str = "") -> list[FeedMessage]:
         """All messages so far whose topic's address ends with `topic`."""
-        lines = (line for line in self.log.splitlines(keepends=True) if line.startswith("[") and line.endswith("\n"))
-        return [message for line in lines if (message := FeedMessage(*json.loads(line))).topic.endswith(topic)]
+        self._messages += [FeedMessage(*json.loads(line)) for line in self.new_lines() if line.startswith("[")]
+        return [message for message in self._messages if message.topic.endswith(topic)]
 
     def session_messages(self) -> list[dict[str, Any]]:
         """The envelopes on the feed `pysmurf_session_data`."""
