@@ -1,0 +1,327 @@
+"""The OCS agent: the documented class, its options and its wiring. What it does is in the modules below it.
+
+The way of a datagram: `PysmurfMonitor.datagramReceived` (reactor) -> `messages.parse` -> either `Feeds`, or
+`Intake.put` -> spool -> ``file_queue`` -> `Registrar` (the process ``run``) -> SupRsync database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import queue
+import time
+import traceback
+from typing import Any
+
+import txaio
+from ocs import ocs_agent, site_config
+from twisted.internet import reactor as _reactor
+from twisted.internet import threads
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import DatagramProtocol
+from twisted.internet.task import LoopingCall
+
+from socs_monitor import messages, udp
+from socs_monitor.archive import create_remote_path
+from socs_monitor.feeds import Feeds
+from socs_monitor.intake import Intake
+from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
+from socs_monitor.registrar import Policy, Registrar
+from socs_monitor.spool import Incoming, Spool, SpoolError
+from socs_monitor.stats import Stats
+from socs_monitor.suprsync import Database
+
+__all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
+
+reactor: Any = _reactor  # a module to the type checker, the reactor's interfaces in truth
+
+DEFAULT_INSTANCE = "pysmurf-monitor"
+DEFAULT_DB_PATH = "/data/so/databases/suprsync.db"
+DEFAULT_UDP_PORT = 8200
+
+# Seconds between two updates of session.data.
+_SHOW_INTERVAL_S = 1.0
+
+# Seconds after which `run` goes on when it met an error that nobody foresaw.
+_RESTART_S = 5.0
+
+# Seconds that operations may take to stop at the end of the process.
+_END_S = 3.0
+
+_WAIT_FOR_EVER = 0
+_NOT_GIVEN = -1
+
+
+class PysmurfMonitor(DatagramProtocol):
+    """Monitor for pysmurf UDP publisher.
+
+    This agent should be run on the smurf-server and will monitor messages published via the pysmurf Publisher.
+
+    Main functions are making sure registered files make their way to the SupRsync database, and passing session
+    info to pysmurf-controller agents via the ``pysmurf_session_data`` feed.
+
+    Args:
+        agent (ocs.ocs_agent.OCSAgent): OCSAgent object.
+        args (argparse.Namespace): Namespace with site_config and agent specific arguments; of the latter only
+            the documented ones need to be there.
+
+    Attributes:
+        agent (ocs.ocs_agent.OCSAgent): OCSAgent object.
+        log (txaio.tx.Logger): txaio logger object created by agent.
+        file_queue (queue.Queue): Queue containing metadata for registered files: for each a dict, the payload
+            and the publisher's id as ``pub_id``. What is on it is in the spool, too.
+        db_path (str): Path to the suprsync database where files should be entered.
+        running (bool): True if the main process is running.
+        echo_sql (bool): If True, will echo all sql statements whenever writing to the suprsync db.
+    """
+
+    def __init__(self, agent: Any, args: argparse.Namespace) -> None:
+        self.agent = agent
+        self.log = agent.log
+        self.file_queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.db_path: str = args.db_path
+        self.running = False
+        self.echo_sql: bool = args.echo_sql
+        self._args = args
+        self._session: Any = None
+        self._receiver: udp.Receiver | None = None
+        self._stats = Stats(self._say)
+        self._feeds = Feeds(agent, self._stats)
+
+    # The spool is opened when it is first needed, so that a monitor made by hand touches no disk before.
+
+    @functools.cached_property
+    def _spool(self) -> Spool:
+        instance = getattr(self._args, "instance_id", None) or DEFAULT_INSTANCE
+        default = f"{self.db_path}.{instance}.spool"
+        return Spool(getattr(self._args, "spool_path", None) or default, self._stats.warn)
+
+    @functools.cached_property
+    def _intake(self) -> Intake:
+        return Intake(self._spool, self.file_queue, self._stats)
+
+    @functools.cached_property
+    def _registrar(self) -> Registrar:
+        database = Database(
+            self.db_path,
+            create_table=getattr(self._args, "create_table", True),
+            echo=self.echo_sql,
+            report=self._stats.warn,
+        )
+        return Registrar(self._intake, self._spool, database, self._stats, Policy(), self._debug)
+
+    def start(self) -> None:
+        """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
+
+        Raises:
+            SpoolError: If the spool cannot be opened, or another process has it.
+            twisted.internet.error.CannotListenError: If the port cannot be bound.
+        """
+        self._intake.start()
+        self._registrar  # noqa: B018 (made here, since two threads use it)
+        self._receiver = udp.listen(reactor, self._args.udp_port, self)
+        self._feeds.start(reactor)
+        LoopingCall(self._show).start(_SHOW_INTERVAL_S)
+        reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
+        # without a router OCS stops no session, and the reactor would wait for the thread of `run`
+        reactor.addSystemEventTrigger("before", "shutdown", self._registrar.stop)
+        reactor.addSystemEventTrigger("after", "shutdown", self._intake.close)
+
+    def datagramReceived(self, _data: bytes | str, addr: tuple[str, int]) -> None:
+        """Take one datagram. Called whenever UDP data is received.
+
+        Args:
+            _data (bytes or str): Raw data passed over the UDP port. The pysmurf publisher sends a JSON string.
+            addr (tuple): (host, port) of the sender.
+        """
+        stats = self._stats
+        stats.bytes += len(_data)
+        try:
+            message = messages.parse(_data)
+        except MessageError as error:
+            stats.malformed[error.reason] += 1
+            return
+        stats.datagrams[message.envelope["type"]] += 1
+        if isinstance(message, (DataFile, G3File)):
+            text = _data if isinstance(_data, str) else _data.decode()
+            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", text))
+        elif isinstance(message, SessionMessage):
+            self._feeds.session(message)
+        elif isinstance(message, Metadata):
+            self._feeds.metadata(message)
+
+    @ocs_agent.param("test_mode", default=False, type=bool)  # type: ignore[untyped-decorator]
+    def run(self, session: Any, params: dict[str, Any] | None = None) -> tuple[bool, str]:
+        """run(test_mode=False)
+
+        **Process** - Main process for the pysmurf monitor agent. Processes files that have been added to the
+        queue, adding them to the suprsync database.
+
+        Files are picked up as they come. While the database cannot be written, the process stays up, is
+        degraded, and goes on by itself; files that arrive meanwhile wait in the spool, also when the process is
+        stopped.
+
+        Parameters:
+            test_mode (bool, optional): Stop the Process loop after processing any file(s). This is meant only
+                for testing. Default is False.
+
+        Notes:
+            The session data is updated every second, and at the end::
+
+                >>> response.session['data']
+                {'timestamp': 1700000000.5,
+                 'degraded': {},
+                 'datagrams': {'total': 1042, 'bytes': 331811,
+                               'by_type': {'metadata': 992, 'data_file': 30, 'g3_file': 20}},
+                 'malformed': {},
+                 'unpublished': {},
+                 'files': {'received': 50, 'registered': 49, 'pending': 0, 'waiting': 1, 'dead': 0,
+                           'discarded': 0, 'settling': 3,
+                           'last': '/data/so/timestreams/17000/crate1slot2/1700000000_002.g3'},
+                 'problems': []}
+
+            ``degraded`` maps each condition under which files do not get through to its reason. Of the
+            ``files``, ``received`` always equals ``registered`` + ``pending`` + ``waiting`` + ``dead`` +
+            ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more.
+        """
+        once = bool((params or {}).get("test_mode")) or bool(getattr(self._args, "test_mode", False))
+        self._session = session
+        self.running = True
+        try:
+            if once:
+                self._take_all()
+                self._registrar.run(once=True)
+            else:
+                self._run_for_ever()
+        finally:
+            self.running = False
+            self._show()
+        return True, "Monitor exited cleanly."
+
+    def _run_for_ever(self) -> None:
+        while self.running:
+            try:
+                self._registrar.run()
+                return
+            except Exception:  # noqa: BLE001 (nobody is there at night to start the process again)
+                reason = f"unforeseen error, going on in {_RESTART_S:.0f} s; please report it: {traceback.format_exc()}"
+                self._stats.trouble("unforeseen", reason)
+                self._registrar.sleep(_RESTART_S)
+                self._stats.cured("unforeseen", "going on after an unforeseen error")
+
+    def _take_all(self) -> None:
+        """Have everything that was sent so far on the queue, also what the kernel still holds."""
+        if self._receiver is not None:
+            threads.blockingCallFromThread(reactor, self._receiver.drain)
+        self._intake.flush()
+
+    def _stop(self, session: Any, params: Any = None) -> tuple[bool, str]:
+        """Stop the process ``run``; what is not done stays in the spool."""
+        self.running = False
+        self._registrar.stop()
+        session.set_status("stopping")
+        return True, "Done monitoring."
+
+    def _show(self) -> None:
+        if self._session is not None:
+            self._session.data = self._stats.data(self._spool.counts)
+            self._session.degraded = self._stats.degraded
+
+    def _say(self, level: str, text: str) -> None:
+        getattr(self.log, level)("{text}", text=text)
+
+    def _debug(self, text: str) -> None:
+        self.log.debug("{text}", text=text)
+
+
+def _boolean(text: str) -> bool:
+    try:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False (also yes/no, 1/0)") from None
+
+
+def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """Add the agent's options to `parser`, or to a new one."""
+    if parser is None:
+        parser = argparse.ArgumentParser()
+    group = parser.add_argument_group("Agent Options")
+    group.add_argument(
+        "--udp-port",
+        type=int,
+        default=DEFAULT_UDP_PORT,
+        help="UDP port on which the pysmurf publishers' messages arrive. Default: %(default)s",
+    )
+    group.add_argument(
+        "--create-table",
+        type=_boolean,
+        default=True,
+        metavar="True|False",
+        help="Whether the agent makes the database and its tables where they are missing. With False, and no"
+        " table, files wait in the spool and run says so. Default: %(default)s",
+    )
+    group.add_argument(
+        "--db-path", default=DEFAULT_DB_PATH, help="Path to the suprsync SQLite database. Default: %(default)s"
+    )
+    group.add_argument("--echo-sql", action="store_true", help="Log every SQL statement. Default: %(default)s")
+    group.add_argument(
+        "--test-mode",
+        action="store_true",
+        help="Do not start run at start-up; when a client starts it, it handles what has arrived and stops."
+        " Default: %(default)s",
+    )
+    group.add_argument(
+        "--spool-path",
+        help="File in which registrations are kept until their row is safe; on a local disk. Default:"
+        " <db-path>.<instance-id>.spool",
+    )
+    return parser
+
+
+def _parse_args(args: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
+    parsed: argparse.Namespace = site_config.parse_args(agent_class="PysmurfMonitor", parser=parser, args=args)
+    if parsed.crossbar_timeout == _NOT_GIVEN:
+        # OCS's default lets the agent exit 10 s after losing the router; files do not need one
+        _, host, _ = site_config.get_config(parsed, "*host*")
+        parsed.crossbar_timeout = host.data.get("crossbar_timeout", _WAIT_FOR_EVER)
+    return parsed
+
+
+def _end_sessions(agent: Any) -> Deferred[Any]:
+    """Stop what runs and wait until it has ended, at most `_END_S` seconds.
+
+    Stands in for OCS's own method, which waits three seconds in any case, and that twice.
+    """
+    running = [session for session in agent.sessions.values() if session is not None and session.status != "done"]
+    for session in running:
+        if session.status != "stopping":
+            (agent.stop if session.op_name in agent.processes else agent.abort)(session.op_name, password=agent)
+    return DeferredList([agent.wait(session.op_name, timeout=_END_S) for session in running])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
+    txaio.start_logging(  # type: ignore[attr-defined]
+        level=os.environ.get("LOGLEVEL", "info")
+    )
+    parsed = _parse_args(args)
+    agent, runner = ocs_agent.init_site_agent(parsed)
+    agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
+    monitor = PysmurfMonitor(agent, parsed)
+    agent.register_process("run", monitor.run, monitor._stop)
+    try:
+        monitor.start()
+    except (SpoolError, CannotListenError) as error:
+        raise SystemExit(f"PysmurfMonitor cannot start: {error}") from error
+    if not parsed.test_mode:
+        # not OCS's start-up, which waits for the router: files are registered without one
+        reactor.callWhenRunning(agent.start, "run", {}, password=agent)
+    runner.run(agent, auto_reconnect=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Opening a registered path safely, and its MD5 sum.
+
+A sender names the path, so nothing but a regular file is ever opened: the path is resolved once to an
+``O_PATH`` descriptor, which touches no device and waits for no FIFO, and all else (the checks, the opening, the
+reading) goes through that descriptor. What is checked is what is hashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+# Read at a time. Large enough that the interpreter lock is held for little of the time, small enough that a stop
+# is noticed within milliseconds and the buffer stays in the processor's cache.
+_CHUNK = 1 << 20
+
+
+class FileRefusedError(Exception):
+    """The path names something that is never opened: no regular file, or one outside of the data roots."""
+
+
+class StoppedError(Exception):
+    """Hashing was given up because the process stops."""
+
+
+class Fingerprint(NamedTuple):
+    """What tells that a file changed. `size` is in bytes, `mtime` in nanoseconds of unix time."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Fingerprint:
+        """Take it from the result of a stat."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class Checksum(NamedTuple):
+    """A file's MD5 sum (hexadecimal), with its fingerprint from before it was read."""
+
+    md5: str
+    fingerprint: Fingerprint
+
+
+@contextlib.contextmanager
+def _opened(path: str, roots: Sequence[str]) -> Iterator[tuple[int, os.stat_result]]:
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
+        alias = f"/proc/self/fd/{handle}"
+        if roots and not _is_below(target := os.readlink(alias), roots):
+            raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
+        file = os.open(alias, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    try:
+        yield file, status
+    finally:
+        os.close(file)
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def _kind(mode: int) -> str:
+    names = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFBLK: "a block device",
+    }
+    return names.get(stat.S_IFMT(mode), "something else")
+
+
+def checksum(
+    path: str, roots: Sequence[str] = (), at_most: int | None = None, stopped: Callable[[], bool] = lambda: False
+) -> Checksum | None:
+    """Hash a file.
+
+    Args:
+        path: The file.
+        roots: Absolute, resolved folders; where there are any, a file outside of them is refused.
+        at_most: Leave a file of more bytes alone.
+        stopped: Asked between two chunks whether to give up.
+
+    Returns:
+        The sum, or None for a file larger than `at_most`.
+
+    Raises:
+        FileRefusedError: If the path names something that is never opened.
+        StoppedError: If `stopped` said so.
+        OSError: If the file is missing or cannot be read.
+    """
+    with _opened(path, roots) as (file, status):
+        if at_most is not None and status.st_size > at_most:
+            return None
+        if status.st_size > _CHUNK:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        digest = hashlib.md5(usedforsecurity=False)
+        while chunk := os.read(file, _CHUNK):
+            digest.update(chunk)
+            if len(chunk) == _CHUNK and stopped():
+                raise StoppedError(path)
+    return Checksum(digest.hexdigest(), Fingerprint.of(status))

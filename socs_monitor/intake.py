@@ -1,0 +1,203 @@
+"""From the reactor through the spool to ``file_queue``, and out of it again.
+
+The reactor thread only appends to a list (`Intake.put`); a thread of the intake's own writes what came together
+into the spool with one commit, and only then puts it on ``file_queue``. So a slow disk holds up neither the
+socket nor a heartbeat, and whatever is on the queue is on the disk.
+
+The queue is a window on the spool, not a second store: beyond `QUEUE_MAX` registrations it is not fed, and the
+consumer reads the rest from the spool (`Intake.take`), which is how it begins after a start, too.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from socs_monitor import crashpoint, messages
+from socs_monitor.spool import PENDING, Incoming, Registration, Spool, SpoolError
+from socs_monitor.stats import Stats
+
+# Registrations on the queue at the most; about 1 KiB of memory each.
+QUEUE_MAX = 10_000
+
+# Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
+BATCH = 500
+
+# When messages come steadily (less than STEADY_S apart) the writer gathers for GATHER_S before it commits: what
+# costs then is the commit, not the message. One that comes alone is written at once.
+STEADY_S = 0.03
+GATHER_S = 0.015
+
+_SYNC_INTERVAL_S = 1.0
+_RETRY_S = 1.0
+
+Meta = dict[str, Any]
+
+
+class Intake:
+    """The spool's front. Until `start` is called there is no thread, and `put` itself does all the work.
+
+    Args:
+        spool: The open spool.
+        file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
+        stats: Counts what is received and learns of trouble.
+        clock: Gives unix time.
+    """
+
+    def __init__(
+        self, spool: Spool, file_queue: queue.Queue[Meta], stats: Stats, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._spool = spool
+        self._queue = file_queue
+        self._stats = stats
+        self._clock = clock
+        self._inbox: list[tuple[Meta, Incoming]] = []
+        self._inbox_filled = threading.Condition()
+        self._flushing = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+        # guarded by the queue's mutex
+        self._beyond_queue = False  # there may be pending registrations that are in the spool only
+        self._woken = False
+        self._cursor = 0
+
+    def start(self) -> None:
+        """Write the spool from a thread of its own from now on."""
+        self._threads = [
+            threading.Thread(target=self._write, name="intake", daemon=True),
+            threading.Thread(target=self._sync, name="spool-sync", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Write what is left and close the spool."""
+        self._closing.set()
+        with self._inbox_filled:
+            self._inbox_filled.notify()
+        for thread in self._threads:
+            thread.join()
+        self.flush()
+        self._spool.close()
+
+    def put(self, meta: Meta, incoming: Incoming) -> None:
+        """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool."""
+        with self._inbox_filled:
+            self._inbox.append((meta, incoming))
+            if self._threads:
+                if len(self._inbox) == 1:
+                    self._inbox_filled.notify()
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring what was put so far into the spool and onto the queue; on an error it stays where it is."""
+        with self._flushing:
+            batch = self._inbox
+            if not batch:
+                return
+            with self._inbox_filled:
+                self._inbox = []
+            try:
+                self._enqueue(self._accept(batch))
+            except SpoolError as error:
+                with self._inbox_filled:
+                    self._inbox[:0] = batch
+                self._stats.trouble("spool", f"{error}. What arrives is kept in memory only, until it works again")
+            else:
+                self._stats.cured("spool", "the spool can be written again")
+
+    def _accept(self, batch: list[tuple[Meta, Incoming]]) -> list[Registration]:
+        crashpoint.reach("received")
+        ids = self._spool.accept([incoming for _, incoming in batch])
+        crashpoint.reach("spooled")
+        return [
+            Registration(meta, id_, incoming.received, 0, PENDING)
+            for id_, (meta, incoming) in zip(ids, batch, strict=True)
+        ]
+
+    def _enqueue(self, registrations: list[Registration]) -> None:
+        with self._queue.mutex:
+            if self._beyond_queue or len(self._queue.queue) + len(registrations) > QUEUE_MAX:
+                self._beyond_queue = True
+            else:  # the consumer may have been faster, and read some of these from the spool
+                self._queue.queue.extend(r for r in registrations if r.id > self._cursor)
+            self._queue.not_empty.notify()
+        crashpoint.reach("queued")
+
+    def restart(self) -> None:
+        """Begin anew: `take` hands out all that is pending in the spool, in order, before what comes now."""
+        self.flush()
+        with self._queue.mutex:
+            foreign = [item for item in self._queue.queue if not isinstance(item, Registration)]
+            self._queue.queue.clear()
+            self._queue.queue.extend(foreign)
+            self._beyond_queue = True
+            self._cursor = 0
+
+    def take(self, timeout: float | None) -> list[Registration]:
+        """Return the next registrations, at most `BATCH`, as soon as there are any.
+
+        Args:
+            timeout: Seconds to wait at the most; the result is empty after that, or after `wake`.
+
+        Raises:
+            SpoolError: If the spool cannot be read or written now.
+        """
+        with self._queue.mutex:
+            if not (self._queue.queue or self._beyond_queue or self._woken):
+                self._queue.not_empty.wait(timeout)
+            self._woken = False
+            if not self._queue.queue and self._beyond_queue:
+                registrations = self._spool.pending(self._cursor, BATCH)
+                if registrations:
+                    self._cursor = registrations[-1].id
+                else:
+                    self._beyond_queue = False
+                return registrations
+            items = [self._queue.queue.popleft() for _ in range(min(BATCH, len(self._queue.queue)))]
+        return [item for item in map(self._adopted, items) if item is not None]
+
+    def _adopted(self, item: Meta) -> Registration | None:
+        """Accept what somebody else put on the queue."""
+        if isinstance(item, Registration):
+            return item
+        try:
+            message = messages.encode_file(item)
+        except messages.MessageError as error:
+            self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
+            return None
+        incoming = Incoming(self._clock(), "file_queue", message)
+        return self._accept([(item, incoming)])[0]
+
+    def wake(self) -> None:
+        """Make `take` return."""
+        with self._queue.mutex:
+            self._woken = True
+            self._queue.not_empty.notify()
+
+    def _write(self) -> None:
+        last = 0.0
+        while not self._closing.is_set():
+            with self._inbox_filled:
+                while not self._inbox and not self._closing.is_set():
+                    self._inbox_filled.wait()
+            now = time.monotonic()
+            if now - last < STEADY_S:
+                self._closing.wait(GATHER_S)
+            last = time.monotonic()
+            self.flush()
+            if self._inbox and not self._closing.is_set():  # the spool refused
+                self._closing.wait(_RETRY_S)
+
+    def _sync(self) -> None:
+        while not self._closing.wait(_SYNC_INTERVAL_S):
+            try:
+                self._spool.sync()
+            except SpoolError as error:
+                self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced")
+            else:
+                self._stats.cured("spool sync", "the spool can be synced again")

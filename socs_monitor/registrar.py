@@ -1,0 +1,414 @@
+"""From the spool through the checksum into the SupRsync database, and out of the spool.
+
+A registration is hashed outside of any transaction, its row committed in a short one (`Database.register`, which
+is idempotent), and the file looked at once more some seconds later: only if it is still what was hashed does the
+registration leave the spool. What fails is tried again or becomes a dead letter; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from socs_monitor import archive, crashpoint
+from socs_monitor.archive import ArchiveError
+from socs_monitor.checksum import Checksum, FileRefusedError, Fingerprint, StoppedError, checksum
+from socs_monitor.intake import BATCH, Intake
+from socs_monitor.spool import Failure, Registration, Spool, SpoolError
+from socs_monitor.stats import Stats
+from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
+
+# Files up to this size (bytes) are hashed at once, in turn; larger ones by the pool, so that no small one waits.
+SMALL = 256 * 1024
+
+# A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 60.0
+
+# A file that changes again and again is registered again ever more rarely, at the longest after this.
+SETTLE_MAX_S = 60.0
+
+_BACKOFF_FIRST_S = 0.05
+_BACKOFF_MAX_S = 2.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How files are treated.
+
+    Attributes:
+        data_roots: Absolute, resolved folders; a file outside of all of them is refused. Empty: any file is taken.
+        hash_workers: Number of large files hashed at a time.
+        settle_after: Seconds from the row's commit to the second look at the file.
+        give_up_after: Seconds for which a missing or unreadable file is looked for.
+    """
+
+    data_roots: tuple[str, ...] = ()
+    hash_workers: int = 2
+    settle_after: float = 5.0
+    give_up_after: float = 3600.0
+
+
+class Hashed(NamedTuple):
+    """A registration whose file was found and hashed."""
+
+    registration: Registration
+    entry: archive.Entry
+    checksum: Checksum
+
+
+def retry_delay(attempts: int, give_up_after: float) -> float | None:
+    """Seconds until the next look for a file after `attempts` vain ones before this, None to give up."""
+    delays = [min(RETRY_FIRST_S * 2.0**attempt, RETRY_MAX_S) for attempt in range(attempts + 1)]
+    return delays[-1] if sum(delays[:-1]) < give_up_after else None
+
+
+class Registrar:
+    """Drains the intake. All methods but `stop` and `retry` are for one thread at a time.
+
+    Args:
+        intake: Where registrations come from.
+        spool: Where they are kept meanwhile.
+        database: Where they go.
+        stats: Learns of files and of trouble.
+        policy: How files are treated.
+        debug: Called with a line for each file.
+        clock: Gives unix time.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        spool: Spool,
+        database: Database,
+        stats: Stats,
+        policy: Policy,
+        debug: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._intake = intake
+        self._spool = spool
+        self._database = database
+        self._stats = stats
+        self._policy = policy
+        self._debug = debug
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._work: deque[Registration] = deque()  # to be hashed now
+        self._unwritten: deque[list[Hashed]] = deque()  # the database has yet to take these
+        self._owed: deque[tuple[Callable[[Any], None], Any]] = deque()  # the spool has yet to learn this
+        self._settling: list[tuple[float, int, list[Hashed]]] = []  # heap by time of the second look
+        self._serial = itertools.count()
+        self._unstable: dict[int, float] = {}  # seconds to the next look, for files that had changed
+        self._pooled: deque[Hashed | Failure] = deque()
+        self._in_pool = 0
+        self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
+        self._revived: deque[int] = deque()
+        self._database_identity = self._database.identity
+        self._backoff_s = _BACKOFF_FIRST_S
+        self._blocked_until = 0.0
+
+    def run(self, once: bool = False) -> None:
+        """Work until `stop`, or with `once` until all that has arrived was handled; then close the database."""
+        self.begin()
+        try:
+            while not self._stopping.is_set():
+                worked = self.step(0.0 if once and not self._busy() else self._patience())
+                if once and not (worked or self._busy()):
+                    break
+        finally:
+            self._stopping.set()  # the pool's threads ask, too
+            self._pool.shutdown(cancel_futures=True)
+            self._database.close()
+            self._stopping.clear()
+
+    def stop(self) -> None:
+        """Make `run` return within moments, whatever it is at; what is not done stays in the spool."""
+        self._stopping.set()
+        self._intake.wake()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not beyond `stop`."""
+        self._stopping.wait(seconds)
+
+    def begin(self) -> None:
+        """Start from what the spool holds, in order."""
+        self._reset()
+        self._pool = ThreadPoolExecutor(self._policy.hash_workers, thread_name_prefix="hash")
+        self._intake.restart()
+        self._owe(self._reload, None)
+
+    def _reload(self, _: None) -> None:
+        self._spool.unsettle()
+        self._waiting = self._spool.waiting_times()
+        heapq.heapify(self._waiting)
+
+    def step(self, timeout: float) -> bool:
+        """Do all that can be done now; wait for something to do for at most `timeout` seconds.
+
+        Returns:
+            Whether anything was done.
+        """
+        if (blocked := self._blocked_until - self._clock()) > 0:
+            self._stopping.wait(min(timeout, blocked))
+            return False
+        try:
+            self._pay()
+            if not self._unwritten:
+                self._changed()
+                self._due()
+                self._work.extend(self._intake.take(0.0 if self._work else timeout))
+                self._hash()
+            worked = bool(self._unwritten or self._owed)
+            while self._unwritten:
+                self._write()
+                self._pay()
+            self._pay()
+        except SpoolError as error:
+            self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again")
+            self._block()
+            return False
+        except DatabaseUnavailableError as error:
+            self._stats.trouble("database", f"{error}. Registrations are kept in the spool until it works again")
+            self._block()
+            return False
+        self._backoff_s = _BACKOFF_FIRST_S
+        self._stats.cured("spool entries", "the spool can be used again")
+        return worked
+
+    def _pay(self) -> None:
+        while self._owed:
+            operation, argument = self._owed[0]
+            operation(argument)
+            self._owed.popleft()
+
+    def _busy(self) -> bool:
+        return bool(self._in_pool or self._pooled or self._unwritten or self._owed)
+
+    def _patience(self) -> float:
+        """Seconds until there is something to do of itself."""
+        now = self._clock()
+        if self._blocked_until > now:
+            return self._blocked_until - now
+        if self._owed:
+            return 0.0
+        times = [self._settling[0][0]] if self._settling else []
+        if self._waiting:
+            times.append(self._waiting[0][0])
+        return min(max(0.0, min(times, default=now + RETRY_MAX_S) - now), RETRY_MAX_S)
+
+    def _block(self) -> None:
+        self._blocked_until = self._clock() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
+
+    def _owe(self, operation: Callable[[Any], Any], argument: Any) -> None:
+        """Have the spool learn something, surely: what fails is tried again before anything else is done."""
+        self._owed.append((operation, argument))
+
+    def retry(self, ids: Iterable[int] | None = None) -> int:
+        """Try dead letters (those of `ids`, or all) again, now; return how many. Any thread may call it.
+
+        Raises:
+            SpoolError: If the spool cannot be written now.
+        """
+        revived = self._spool.retry(ids)
+        self._revived.extend(revived)
+        self._intake.wake()
+        return len(revived)
+
+    def _due(self) -> None:
+        """Take up what waited long enough."""
+        while self._revived:
+            heapq.heappush(self._waiting, (0.0, self._revived.popleft()))
+        due: list[tuple[float, int]] = []
+        while self._waiting and self._waiting[0][0] <= self._clock() and len(due) < BATCH:
+            due.append(heapq.heappop(self._waiting))
+        if due:
+            try:
+                self._work.extend(self._spool.waiting([id_ for _, id_ in due]))
+            except SpoolError:
+                self._waiting = list(heapq.merge(due, sorted(self._waiting)))
+                raise
+
+    def _changed(self) -> None:
+        """Look again at files that were registered; settle those that stayed as they were, take up the others."""
+        now = self._clock()
+        settled: list[Registration] = []
+        while self._settling and self._settling[0][0] <= now:
+            for registration, entry, known in heapq.heappop(self._settling)[2]:
+                try:
+                    unchanged = Fingerprint.of(os.stat(entry.local_path)) == known.fingerprint
+                except OSError:  # its row is there, and a file that is gone has nothing to add
+                    unchanged = True
+                if unchanged:
+                    self._unstable.pop(registration.id, None)
+                    settled.append(registration)
+                else:
+                    delay = self._unstable.get(registration.id, self._policy.settle_after)
+                    self._unstable[registration.id] = min(2 * delay, SETTLE_MAX_S)
+                    self._stats.info(f"{entry.local_path} changed after it was registered, hashing it again")
+                    self._work.append(registration)
+        if settled:
+            self._owe(self._spool.remove, settled)
+
+    def _hash(self) -> None:
+        """Hash small files at once and have the pool hash the others; sort what came out."""
+        hashed: list[Hashed] = []
+        failures: list[Failure] = []
+        while self._work:
+            registration = self._work.popleft()
+            found = self._look(registration, SMALL)
+            if isinstance(found, Hashed):
+                hashed.append(found)
+            elif isinstance(found, Failure):
+                failures.append(found)
+            else:
+                self._in_pool += 1
+                self._pool.submit(self._look_in_pool, registration)
+        while self._pooled:
+            found = self._pooled.popleft()
+            self._in_pool -= 1
+            if isinstance(found, Hashed):
+                hashed.append(found)
+            else:
+                failures.append(found)
+        crashpoint.reach("hashed")
+        if hashed:
+            self._unwritten.append(hashed)
+        if failures:
+            self._sort(failures)
+
+    def _look(self, registration: Registration, at_most: int | None) -> Hashed | Failure | None:
+        """Find and hash a registration's file; None if it is larger than `at_most` bytes."""
+        missing: OSError | None = None
+        try:
+            for entry in archive.candidates(registration):
+                try:
+                    found = checksum(entry.local_path, self._policy.data_roots, at_most, self._stopping.is_set)
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    missing = missing or error
+                else:
+                    return Hashed(registration, entry, found) if found else None
+        except (ArchiveError, FileRefusedError) as error:
+            return Failure(registration, str(error), refused=True)
+        except OSError as error:
+            missing = error
+        return Failure(registration, f"{registration['path']}: {missing and missing.strerror}")
+
+    def _look_in_pool(self, registration: Registration) -> None:
+        try:
+            found = self._look(registration, None)
+        except StoppedError:
+            return
+        if found is not None:
+            self._pooled.append(found)
+            self._intake.wake()
+
+    def _sort(self, failures: list[Failure]) -> None:
+        """Let what failed wait, or bury it; what SupRsync has archived and removed meanwhile is done."""
+        waiting: list[Failure] = []
+        dead = [failure for failure in failures if failure.refused]
+        absent = [failure for failure in failures if not failure.refused]
+        done = self._archived([failure.registration for failure in absent])
+        for failure in absent:
+            registration = failure.registration
+            if done is not None and registration.id in done:
+                continue
+            delay = retry_delay(registration.attempts, self._policy.give_up_after)
+            registration.attempts += 1
+            if delay is None and done is not None:
+                hours = self._policy.give_up_after / 3600
+                dead.append(failure._replace(reason=f"{failure.reason}, given up after {hours:.3g} h"))
+            else:
+                waiting.append(failure._replace(due=self._clock() + (delay or RETRY_MAX_S)))
+        if done:
+            self._owe(self._spool.remove, list(done.values()))
+        if waiting:
+            self._owe(self._wait, waiting)
+        if dead:
+            self._owe(self._bury, dead)
+
+    def _wait(self, failures: list[Failure]) -> None:
+        self._spool.wait(failures)
+        for failure in failures:
+            heapq.heappush(self._waiting, (failure.due or 0.0, failure.registration.id))
+        if any(failure.registration.attempts == 1 for failure in failures):
+            first = failures[0]
+            self._stats.info(f"{len(failures)} files cannot be read yet, waiting; first: {first.reason}")
+
+    def _bury(self, failures: list[Failure]) -> None:
+        self._spool.bury(failures)
+        first = failures[0]
+        self._stats.problem(
+            "error",
+            f"{len(failures)} registrations became dead letters; first: {first.reason}"
+            f" (id {first.registration.id}). See the tasks list_failed and retry_failed",
+        )
+
+    def _archived(self, registrations: list[Registration]) -> dict[int, Registration] | None:
+        """Those of which a row tells that they were registered, or archived and removed, since they arrived.
+
+        None where the database cannot be asked.
+        """
+        if not registrations:
+            return {}
+        entries = {registration.id: list(archive.candidates(registration)) for registration in registrations}
+        try:
+            rows = self._database.rows(entry.local_path for candidates in entries.values() for entry in candidates)
+        except DatabaseUnavailableError:
+            return None
+        return {
+            registration.id: registration
+            for registration in registrations
+            for entry in entries[registration.id]
+            for row in rows.get(entry.local_path, ())
+            if row.is_of(entry) and max(row.timestamp, row.removed or 0.0) >= registration.received
+        }
+
+    def _write(self) -> None:
+        """Write the first batch that is unwritten; a row that the database refuses does not hold up the others."""
+        batch = self._unwritten[0]
+        try:
+            self._database.register([HashedFile(hashed.entry, hashed.checksum.md5) for hashed in batch])
+        except RowRefusedError as error:
+            self._unwritten.popleft()
+            if len(batch) == 1:
+                self._owe(
+                    self._bury, [Failure(batch[0].registration, f"the database refused it: {error}", refused=True)]
+                )
+            else:
+                self._unwritten.extendleft([hashed] for hashed in reversed(batch))
+            return
+        crashpoint.reach("committed")
+        self._unwritten.popleft()
+        self._stats.cured("database", "the database can be written again")
+        self._owe(self._spool.settling, [hashed.registration for hashed in batch])
+        due = self._clock() + max(
+            self._unstable.get(hashed.registration.id, self._policy.settle_after) for hashed in batch
+        )
+        heapq.heappush(self._settling, (due, next(self._serial), batch))
+        last = batch[-1].entry.local_path
+        self._stats.last_file = last
+        self._stats.info(f"registered {len(batch)} files, the last one {last}")
+        for hashed in batch:
+            self._debug(
+                f"registered {hashed.entry.local_path} as {hashed.entry.archive_name}:{hashed.entry.remote_path}"
+            )
+        if self._database.identity != self._database_identity:
+            # another file than before: what was committed to that one is not in this one
+            if self._database_identity is not None:
+                self._unwritten.extend(former for _, _, former in self._settling if former is not batch)
+                self._settling = [(due, next(self._serial), batch)]
+            self._database_identity = self._database.identity

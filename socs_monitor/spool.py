@@ -1,0 +1,408 @@
+"""The durable intake: every accepted registration, until its row is committed and settled.
+
+One private SQLite file beside the database, one table, opened by one process at a time (``flock`` on the file
+``<spool>.lock``). Layout, version 1 (``PRAGMA user_version``)::
+
+    registrations(id, state, received, sender, message, attempts, due, reason, refused)
+
+    id        in the order of arrival, never used twice
+    state     pending   accepted, no row in the database yet
+              waiting   the file was missing or unreadable; tried again at `due`
+              settling  its row is committed; the file is looked at once more
+              dead      given up or refused, kept for a person, with its `reason`
+    received  unix time of acceptance
+    sender    host:port
+    message   the datagram's JSON text, as it came: a replay parses it again
+    refused   1 where the message itself can never become a row, 0 where its file failed
+
+What is promised:
+
+* `Spool.accept` has handed its batch to the kernel when it returns: from then on a killed process loses none.
+* `Spool.sync`, called every second by the intake, has it on the disk: a power cut loses at most that second.
+* The fsyncs of a checkpoint happen in `sync`, on a connection of its own: accepting goes on meanwhile.
+
+A corrupt file, or one of an unknown version, is renamed to ``<spool>.<unix time>.set-aside`` together with its
+journal and reported, and a new one begun: never overwritten, and never a reason not to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+from socs_monitor import messages
+
+VERSION = 1
+
+PENDING = "pending"
+WAITING = "waiting"
+SETTLING = "settling"
+DEAD = "dead"
+STATES = (PENDING, WAITING, SETTLING, DEAD)
+
+# Beside the states, counted since the start: what left the spool, and all that ever was in it.
+SETTLED = "settled"
+DISCARDED = "discarded"
+RECEIVED = "received"
+
+# A dead letter is for a person to read; more than these nobody reads, and a hostile sender can make any number.
+MAX_DEAD = 10_000
+
+# The journal's size (pages of 4 KiB) at which accepting itself moves it to the file: a backstop, since under a
+# load that never pauses the checkpoints of `sync` cannot reset the journal.
+_JOURNAL_PAGES = 16_384
+
+_BUSY_TIMEOUT_S = 5.0  # only `sync`'s connection and a person's tools can be in the way, for milliseconds
+
+_SCHEMA = f"""
+CREATE TABLE registrations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    state TEXT NOT NULL DEFAULT '{PENDING}',
+    received REAL NOT NULL,
+    sender TEXT NOT NULL,
+    message TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    due REAL,
+    reason TEXT,
+    refused INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX dead ON registrations (refused DESC, id) WHERE state = '{DEAD}';
+PRAGMA user_version = {VERSION};
+"""
+
+_IDS = "id IN (SELECT value FROM json_each(?))"
+
+
+class SpoolError(Exception):
+    """The spool cannot be used now; nothing of the call took effect."""
+
+
+class SpoolBusyError(SpoolError):
+    """Another process has this spool open."""
+
+
+class Incoming(NamedTuple):
+    """A registration on its way into the spool; `received` is unix time, `sender` ``host:port``."""
+
+    received: float
+    sender: str
+    message: str
+
+
+class Registration(dict[str, Any]):
+    """The metadata of one registered file (payload plus ``pub_id``), and its place in the spool.
+
+    Attributes:
+        id (int): Its key in the spool.
+        received (float): Unix time of acceptance.
+        attempts (int): How often its file was looked for in vain.
+        state (str): One of `STATES`.
+    """
+
+    __slots__ = ("attempts", "id", "received", "state")
+
+    def __init__(self, meta: dict[str, Any], id: int, received: float, attempts: int, state: str) -> None:  # noqa: A002
+        super().__init__(meta)
+        self.id = id
+        self.received = received
+        self.attempts = attempts
+        self.state = state
+
+
+class Failure(NamedTuple):
+    """Why a registration is not a row: `due` (unix time) is when it is tried again, None for a dead letter."""
+
+    registration: Registration
+    reason: str
+    due: float | None = None
+    refused: bool = False
+
+
+class DeadLetter(NamedTuple):
+    """A registration that was given up or, with `refused`, can never become a row."""
+
+    id: int
+    received: float
+    sender: str
+    message: str
+    attempts: int
+    reason: str
+    refused: bool
+
+
+class Spool:
+    """The spool file, opened for this process alone. Safe to use from several threads.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        report: Called with a line for a person where something was set aside or dropped.
+
+    Raises:
+        SpoolBusyError: If another process holds the spool.
+        SpoolError: If the file cannot be made or opened.
+    """
+
+    def __init__(self, path: str, report: Callable[[str], None]) -> None:
+        self.path = path
+        self._report = report
+        self._lock = threading.Lock()
+        self._unsynced = threading.Event()
+        self._lock_file = _take_lock(path)
+        try:
+            self._db = self._open()
+            self._syncer = _connect(path)
+            self._counts = Counter(dict(self._db.execute("SELECT state, count(*) FROM registrations GROUP BY 1")))
+            self._counts[RECEIVED] = self._counts.total()
+        except (sqlite3.Error, OSError) as error:
+            self._lock_file.close()
+            raise SpoolError(f"cannot open the spool {path}: {error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return _open_checked(self.path)
+        except sqlite3.DatabaseError as error:
+            if not isinstance(error, _UnknownVersionError) and error.sqlite_errorcode & 0xFF not in _UNREADABLE:
+                raise  # no room, no permission: the file may be whole
+            aside = f"{self.path}.{time.time():.0f}.set-aside"
+            for suffix in ("-wal", "-shm", ""):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(self.path + suffix, aside + suffix)
+            self._report(f"the spool {self.path} cannot be read ({error}): set aside as {aside}, a new one is begun")
+            return _open_checked(self.path)
+
+    def close(self) -> None:
+        """Close the file and let go of it."""
+        with self._lock:
+            self._syncer.close()
+            self._db.close()
+            self._lock_file.close()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many registrations are where, consistent at any moment.
+
+        `RECEIVED` counts all since the start, those then found in the spool included; it equals the sum of the
+        `STATES`, of `SETTLED` (their row is committed and the file was looked at again) and of `DISCARDED`.
+        """
+        return self._counts  # never changed in place, so no lock is waited for
+
+    def accept(self, batch: Sequence[Incoming]) -> list[int]:
+        """Put registrations into the spool, all or none, and return their ids, in order.
+
+        Raises:
+            SpoolError: If they could not be written.
+        """
+        with self._writing() as db:
+            db.executemany("INSERT INTO registrations (received, sender, message) VALUES (?, ?, ?)", batch)
+            (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
+            self._changes.update({PENDING: len(batch), RECEIVED: len(batch)})
+        return list(range(last - len(batch) + 1, last + 1))
+
+    def pending(self, after: int, limit: int) -> list[Registration]:
+        """Return the first `limit` pending registrations with an id above `after`, in order."""
+        return self._select("state = 'pending' AND id > ? ORDER BY id LIMIT ?", (after, limit))
+
+    def waiting(self, ids: Iterable[int]) -> list[Registration]:
+        """Return those of the registrations `ids` that are waiting, in order."""
+        return self._select(f"state = 'waiting' AND {_IDS} ORDER BY id", (json.dumps(list(ids)),))
+
+    def waiting_times(self) -> list[tuple[float, int]]:
+        """Return when (unix time) each waiting registration is due, with its id."""
+        with self._reading() as db:
+            return db.execute("SELECT due, id FROM registrations WHERE state = 'waiting'").fetchall()
+
+    def settling(self, registrations: Sequence[Registration]) -> None:
+        """Note that the rows of these registrations are committed."""
+        with self._moving(registrations, SETTLING) as db:
+            db.execute(f"UPDATE registrations SET state = 'settling' WHERE {_IDS}", (_ids(registrations),))
+
+    def remove(self, registrations: Sequence[Registration]) -> None:
+        """Forget registrations that are done: their rows are committed, their files looked at again."""
+        with self._moving(registrations, SETTLED) as db:
+            db.execute(f"DELETE FROM registrations WHERE {_IDS}", (_ids(registrations),))
+
+    def wait(self, failures: Sequence[Failure]) -> None:
+        """Note when registrations are to be tried again, and why they failed so far."""
+        with self._moving([failure.registration for failure in failures], WAITING) as db:
+            db.executemany(
+                "UPDATE registrations SET state = 'waiting', attempts = ?, due = ?, reason = ? WHERE id = ?",
+                [(f.registration.attempts, f.due, f.reason, f.registration.id) for f in failures],
+            )
+
+    def bury(self, failures: Sequence[Failure]) -> None:
+        """Make registrations dead letters; the oldest beyond `MAX_DEAD` are dropped, refusals first."""
+        with self._moving([failure.registration for failure in failures], DEAD) as db:
+            db.executemany(
+                "UPDATE registrations SET state = 'dead', attempts = ?, reason = ?, refused = ? WHERE id = ?",
+                [(f.registration.attempts, f.reason, f.refused, f.registration.id) for f in failures],
+            )
+        if (excess := self._counts[DEAD] - MAX_DEAD) > 0:
+            dropped = self._drop(
+                "DELETE FROM registrations WHERE id IN"
+                " (SELECT id FROM registrations WHERE state = 'dead' ORDER BY refused DESC, id LIMIT ?)",
+                excess,
+            )
+            self._report(f"more than {MAX_DEAD} dead letters: the {dropped} oldest are dropped, refused ones first")
+
+    def unsettle(self) -> None:
+        """Make every settling registration pending again, since what was known of its file is gone."""
+        with self._writing() as db:
+            moved = db.execute("UPDATE registrations SET state = 'pending' WHERE state = 'settling'").rowcount
+            self._changes.update({SETTLING: -moved, PENDING: moved})
+
+    def dead(self, ids: Iterable[int] | None = None, limit: int = MAX_DEAD) -> list[DeadLetter]:
+        """Return the dead letters (those of `ids`, or all), oldest first."""
+        where, chosen = _chosen(ids)
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT id, received, sender, message, attempts, reason, refused"
+                f" FROM registrations WHERE {where} ORDER BY id LIMIT ?",
+                (*chosen, limit),
+            ).fetchall()
+        return [DeadLetter._make((*row[:-1], bool(row[-1]))) for row in rows]
+
+    def retry(self, ids: Iterable[int] | None = None) -> list[int]:
+        """Let dead letters (those of `ids`, or all) wait anew, due at once; return their ids."""
+        where, chosen = _chosen(ids)
+        with self._writing() as db:
+            revived = db.execute(
+                "UPDATE registrations SET state = 'waiting', due = 0, attempts = 0, refused = 0"
+                f" WHERE {where} RETURNING id",
+                chosen,
+            ).fetchall()
+            self._changes.update({DEAD: -len(revived), WAITING: len(revived)})
+        return [id_ for (id_,) in revived]
+
+    def discard(self, ids: Iterable[int] | None = None) -> int:
+        """Forget dead letters (those of `ids`, or all) for good; return how many."""
+        where, chosen = _chosen(ids)
+        return self._drop(f"DELETE FROM registrations WHERE {where}", *chosen)
+
+    def sync(self) -> None:
+        """Bring what was written since the last call to the disk.
+
+        Raises:
+            SpoolError: If the disk refused.
+        """
+        if self._unsynced.is_set():
+            self._unsynced.clear()
+            try:
+                self._syncer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                self._unsynced.set()
+                raise SpoolError(f"cannot sync the spool {self.path}: {error}") from error
+
+    def _drop(self, statement: str, *parameters: object) -> int:
+        with self._writing() as db:
+            dropped = db.execute(statement, parameters).rowcount
+            self._changes.update({DEAD: -dropped, DISCARDED: dropped})
+        return dropped
+
+    def _select(self, where: str, parameters: tuple[object, ...]) -> list[Registration]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT message, id, received, attempts, state FROM registrations WHERE {where}", parameters
+            ).fetchall()
+        return [Registration(messages.parse_file(row[0]).meta, *row[1:]) for row in rows]
+
+    @contextlib.contextmanager
+    def _moving(self, registrations: Sequence[Registration], state: str) -> Iterator[sqlite3.Connection]:
+        with self._writing() as db:
+            yield db
+            self._changes.subtract(registration.state for registration in registrations)
+            self._changes[state] += len(registrations)
+        for registration in registrations:
+            registration.state = state
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._reading() as db:
+            self._changes: Counter[str] = Counter()
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            except sqlite3.Error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            counts = self._counts.copy()
+            counts.update(self._changes)
+            self._counts = counts
+            self._unsynced.set()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise SpoolError(f"cannot use the spool {self.path}: {error}") from error
+
+
+class _UnknownVersionError(sqlite3.DatabaseError):
+    """The file was written by another version of this module."""
+
+
+_UNREADABLE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
+def _take_lock(path: str) -> IO[bytes]:
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        lock_file = open(path + ".lock", "ab")  # noqa: SIM115 (held for as long as the spool is)
+    except OSError as error:
+        raise SpoolError(f"cannot open the spool {path}: {error}") from error
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock_file.close()
+        raise SpoolBusyError(
+            f"the spool {path} is in use by another process (see: fuser {path}.lock). Stop the other agent, or"
+            " give this one an --instance-id or a --spool-path of its own"
+        ) from error
+    return lock_file
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA wal_autocheckpoint = {_JOURNAL_PAGES}")
+    return db
+
+
+def _open_checked(path: str) -> sqlite3.Connection:
+    db = _connect(path)
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version == 0 and tables == 0:
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        elif version != VERSION:
+            raise _UnknownVersionError(f"version {version}, expected {VERSION}")
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise _UnknownVersionError(verdict)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _ids(registrations: Iterable[Registration]) -> str:
+    return json.dumps([registration.id for registration in registrations])
+
+
+def _chosen(ids: Iterable[int] | None) -> tuple[str, tuple[str, ...]]:
+    if ids is None:
+        return "state = 'dead'", ()
+    return f"state = 'dead' AND {_IDS}", (json.dumps(list(ids)),)

@@ -1,0 +1,89 @@
+"""What the agent knows about itself: the counters behind ``session.data`` and the conditions that degrade it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Problems kept for `session.data`, newest last.
+MAX_PROBLEMS = 20
+
+
+class Stats:
+    """Counters, and the conditions under which files do not get through. Safe to update from any thread.
+
+    Args:
+        say: Called with ``(level, text)`` for each line that belongs in the log; levels are txaio's.
+        clock: Gives unix time.
+
+    Attributes:
+        datagrams (Counter): Number of datagrams by message type.
+        bytes (int): Their bytes.
+        malformed (Counter): Number of datagrams that were no message, by reason.
+        unpublished (Counter): Number of messages that reached no feed, by kind.
+        last_file (str): Path of the file that was registered last.
+    """
+
+    def __init__(self, say: Callable[[str, str], None], clock: Callable[[], float] = time.time) -> None:
+        self._say = say
+        self._clock = clock
+        self._conditions: dict[str, str] = {}
+        self._problems: deque[dict[str, object]] = deque(maxlen=MAX_PROBLEMS)
+        self.datagrams: Counter[str] = Counter()
+        self.bytes = 0
+        self.malformed: Counter[str] = Counter()
+        self.unpublished: Counter[str] = Counter()
+        self.last_file = ""
+
+    @property
+    def degraded(self) -> bool:
+        """Whether there is a condition under which files do not get through."""
+        return bool(self._conditions)
+
+    def trouble(self, condition: str, reason: str) -> None:
+        """Note that `condition` holds, with its `reason` for a person; logged when it begins, not while it lasts."""
+        if condition not in self._conditions:
+            self.problem("error", reason)
+        self._conditions[condition] = reason
+
+    def cured(self, condition: str, text: str) -> None:
+        """Note that `condition` no longer holds; `text` is logged if it did."""
+        if self._conditions.pop(condition, None) is not None:
+            self._say("info", text)
+
+    def problem(self, level: str, text: str) -> None:
+        """Log a line and keep it among the last problems."""
+        self._problems.append({"time": self._clock(), "text": text})
+        self._say(level, text)
+
+    def warn(self, text: str) -> None:
+        """Log a warning and keep it among the last problems."""
+        self.problem("warn", text)
+
+    def info(self, text: str) -> None:
+        """Log a line about something that is as it should be."""
+        self._say("info", text)
+
+    def data(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """Build ``session.data``; `counts` are the spool's, of one moment."""
+        settling = counts["settling"]
+        return {
+            "timestamp": self._clock(),
+            "degraded": dict(self._conditions),
+            "datagrams": {"total": self.datagrams.total(), "bytes": self.bytes, "by_type": dict(self.datagrams)},
+            "malformed": dict(self.malformed),
+            "unpublished": dict(self.unpublished),
+            "files": {
+                "received": counts["received"],
+                "registered": counts["settled"] + settling,
+                "pending": counts["pending"],
+                "waiting": counts["waiting"],
+                "dead": counts["dead"],
+                "discarded": counts["discarded"],
+                "settling": settling,
+                "last": self.last_file,
+            },
+            "problems": list(self._problems),
+        }

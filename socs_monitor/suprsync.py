@@ -1,0 +1,333 @@
+"""The SupRsync database: its tables, and the one way rows get into them.
+
+The tables are the published ones to the letter (contract: an added index is fine, a column is not), so that
+either agent and SupRsync work on the same file. A registration is idempotent; `merge` is the rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    create_engine,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.pool import NullPool
+
+from socs_monitor.archive import Entry
+
+
+class Base(DeclarativeBase):
+    """The tables of version 0."""
+
+
+class SupRsyncFile(Base):
+    """A file for SupRsync to copy, verify and perhaps delete; times are unix seconds."""
+
+    __tablename__ = "supersync_v0"
+
+    id = Column(Integer, primary_key=True)
+    local_path = Column(String, nullable=False)
+    local_md5sum = Column(String, nullable=False)
+    archive_name = Column(String, nullable=False)
+    remote_path = Column(String, nullable=False)
+    timestamp = Column(Float, nullable=False)
+    remote_md5sum = Column(String)
+    copied = Column(Float)
+    removed = Column(Float)
+    failed_copy_attempts = Column(Integer, default=0)
+    deletable = Column(Boolean, default=True)
+    ignore = Column(Boolean, default=False)
+
+
+class TimecodeDir(Base):
+    """A folder of one timecode in the archive. SupRsync alone writes these rows (contract)."""
+
+    __tablename__ = "timecode_dirs_v0"
+
+    id = Column(Integer, primary_key=True)
+    timecode = Column(Integer, nullable=False)
+    archive_name = Column(String, nullable=False)
+    completed = Column(Boolean, default=False)
+    synced = Column(Boolean, default=False)
+    finalized = Column(Boolean, default=False)
+    finalize_file_id = Column(Integer, ForeignKey("supersync_v0.id"))
+
+
+# Without it, looking for a path's rows reads the whole table, which grows to millions of rows.
+PATH_INDEX = Index("ix_supersync_v0_local_path", SupRsyncFile.local_path)
+_TABLE: Any = SupRsyncFile.__table__
+
+# Waiting for a lock happens here only this long (seconds), so that a stop is never held up by it; the registrar
+# tries again, with backoff, for as long as it takes.
+_BUSY_TIMEOUT_S = 0.25
+
+# Result codes that speak of the values of one row; all others speak of the database.
+_ROW_CODES = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE)
+
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: "another process holds the write lock",
+    sqlite3.SQLITE_READONLY: "it is read-only: check owner and mode of the file, its -wal, its -shm and the folder",
+    sqlite3.SQLITE_FULL: "the disk is full: make room",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the path and the folder's permissions",
+    sqlite3.SQLITE_NOTADB: "it is no SQLite database: move it away, or restore it from a backup",
+    sqlite3.SQLITE_CORRUPT: "it is corrupt: move it away, or restore it from a backup",
+    sqlite3.SQLITE_IOERR: "the disk fails or is full",
+}
+
+_CREATE_ADVICE = "start the agent with --create-table True, or correct --db-path"
+
+
+class DatabaseUnavailableError(Exception):
+    """The database cannot be written now; nothing of the call took effect, and it may work later."""
+
+
+class RowRefusedError(Exception):
+    """The database works, but took offence at a row; nothing of the call took effect."""
+
+
+class HashedFile(NamedTuple):
+    """A file to register, and the MD5 sum of its content."""
+
+    entry: Entry
+    md5: str
+
+
+class Row(NamedTuple):
+    """What is known of a path's row; see `SupRsyncFile`."""
+
+    id: int
+    archive_name: str
+    local_path: str
+    remote_path: str
+    timestamp: float
+    local_md5sum: str
+    remote_md5sum: str | None
+    removed: float | None
+
+    def is_of(self, entry: Entry) -> bool:
+        """Whether it is the entry's own row, by the key of a registration."""
+        return (self.archive_name, self.local_path, self.remote_path) == (
+            entry.archive_name,
+            entry.local_path,
+            entry.remote_path,
+        )
+
+
+_ROW = [_TABLE.c[name] for name in Row._fields]
+
+
+def merge(rows: Sequence[Row], file: HashedFile) -> tuple[list[int], int | None, bool]:
+    """Decide how content that is registered goes in among the rows of its local path.
+
+    An overwritten file would leave rows behind whose sums can never agree, and one of those holds back
+    SupRsync's `finalized_until` for ever (contract). So the rows that are not copied yet take the new sum.
+
+    Args:
+        rows: All rows of the path.
+        file: The content.
+
+    Returns:
+        The ids of rows that take the new sum and start their copy attempts anew; the id of the row, or None,
+        that is made as new in place; and whether a row is inserted.
+    """
+    own = [row for row in rows if row.is_of(file.entry)]
+    kept = next((row for row in own if row.local_md5sum == file.md5 and row.removed is None), None)
+    reset = own[-1] if own and kept is None else None
+    uncopied = (row for row in rows if row.local_md5sum != row.remote_md5sum)
+    retaken = [row.id for row in uncopied if row is not kept and row is not reset]
+    return retaken, reset.id if reset else None, not own
+
+
+class Database:
+    """The database file. For one thread at a time.
+
+    Args:
+        path: The SQLite file.
+        create_table: Whether file and tables are made where they are missing.
+        echo: Whether every SQL statement is logged.
+        report: Called with a line for a person when something unusual was done.
+        clock: Gives unix time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        create_table: bool,
+        echo: bool,
+        report: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = os.path.abspath(path)
+        self._create_table = create_table
+        self._echo = echo
+        self._report = report
+        self._clock = clock
+        self._open_connection: Connection | None = None
+        self.identity: tuple[int, int] | None = None
+        """Device and inode of the file in use; another one means that somebody replaced the file."""
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        if self._open_connection is not None:
+            self._open_connection.close()
+            self._open_connection = None
+
+    def register(self, files: Sequence[HashedFile]) -> None:
+        """Register files in one short transaction, all or none; registering again changes nothing.
+
+        Raises:
+            DatabaseUnavailableError: If the database cannot be written now.
+            RowRefusedError: If it cannot take one of the rows.
+        """
+        with self._translated():
+            connection = self._connection()
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                for round_ in _rounds(files):
+                    self._write(connection, round_)
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                if connection.connection.driver_connection.in_transaction:  # type: ignore[union-attr]
+                    connection.exec_driver_sql("ROLLBACK")
+                raise
+            if _identity(self.path) != self.identity:
+                raise DatabaseUnavailableError(f"the database {self.path} was replaced while it was written")
+
+    def _write(self, connection: Connection, files: Sequence[HashedFile]) -> None:
+        known = _rows_by_path(connection, [file.entry.local_path for file in files])
+        # the contract's time of a row is when it is added: taken under the write lock, next to the commit
+        anew = {"timestamp": self._clock(), "failed_copy_attempts": 0}
+        new: list[dict[str, object]] = []
+        for file in files:
+            rows = known.get(file.entry.local_path)
+            if not rows:
+                new.append({**file.entry._asdict(), "local_md5sum": file.md5, **anew})
+                continue
+            retaken, reset, inserted = merge(rows, file)
+            if retaken:
+                connection.execute(
+                    update(_TABLE).where(_TABLE.c.id.in_(retaken)),
+                    {"local_md5sum": file.md5, "failed_copy_attempts": 0},
+                )
+            if reset is not None:
+                uncopied = dict.fromkeys(("remote_md5sum", "copied", "removed"))
+                connection.execute(
+                    update(_TABLE).where(_TABLE.c.id == reset), {"local_md5sum": file.md5, **anew, **uncopied}
+                )
+            if inserted:
+                new.append({**file.entry._asdict(), "local_md5sum": file.md5, **anew})
+        if new:
+            connection.execute(insert(_TABLE), new)
+
+    def rows(self, paths: Iterable[str]) -> dict[str, list[Row]]:
+        """Return the rows of local paths, in the order they were added.
+
+        Raises:
+            DatabaseUnavailableError: If the database cannot be read now.
+        """
+        with self._translated():
+            return _rows_by_path(self._connection(), paths)
+
+    def _connection(self) -> Connection:
+        identity = _identity(self.path)
+        if self._open_connection is not None and identity == self.identity:
+            return self._open_connection
+        if self._open_connection is not None:
+            self._report(f"the database {self.path} was moved away or replaced: opened anew")
+        self.close()
+        if identity is None and not self._create_table:
+            raise DatabaseUnavailableError(f"the database {self.path} does not exist: {_CREATE_ADVICE}")
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        engine = create_engine(
+            f"sqlite:///{self.path}",
+            echo=self._echo,
+            isolation_level="AUTOCOMMIT",  # `register` begins its own transactions, IMMEDIATE ones
+            poolclass=NullPool,
+            connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+        )
+        connection = engine.connect()
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._open_connection, self.identity = connection, _identity(self.path)
+        return connection
+
+    def _prepare(self, connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        inspector = inspect(connection)
+        if not inspector.has_table(SupRsyncFile.__tablename__):
+            if not self._create_table:
+                raise DatabaseUnavailableError(
+                    f"the database {self.path} has no table {SupRsyncFile.__tablename__}: {_CREATE_ADVICE}"
+                )
+            Base.metadata.create_all(connection)
+        elif PATH_INDEX.name not in {index["name"] for index in inspector.get_indexes(SupRsyncFile.__tablename__)}:
+            start = time.monotonic()
+            PATH_INDEX.create(connection)
+            self._report(f"made the index {PATH_INDEX.name} of {self.path} in {time.monotonic() - start:.1f} s, once")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DatabaseUnavailableError(f"the database {self.path} cannot be made: {error}") from error
+        except StatementError as error:
+            code = getattr(error.orig, "sqlite_errorcode", None)
+            if not isinstance(error, DBAPIError) or (code is not None and code & 0xFF in _ROW_CODES):
+                raise RowRefusedError(str(error.orig)) from error
+            advice = _ADVICE.get(code & 0xFF, "") if code is not None else ""
+            self.close()
+            raise DatabaseUnavailableError(f"the database {self.path}: {error.orig}; {advice}") from error
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _rows_by_path(connection: Connection, paths: Iterable[str]) -> dict[str, list[Row]]:
+    # one parameter however many paths: the statement is compiled once
+    wanted = select(func.json_each(json.dumps(list(paths))).table_valued("value").c.value)
+    rows: dict[str, list[Row]] = {}
+    for row in connection.execute(select(*_ROW).where(_TABLE.c.local_path.in_(wanted)).order_by(_TABLE.c.id)):
+        rows.setdefault(row.local_path, []).append(Row._make(row))
+    return rows
+
+
+def _rounds(files: Sequence[HashedFile]) -> Iterator[Sequence[HashedFile]]:
+    """Split off what names a path again, since it has to see the rows that the first one makes."""
+    while files:
+        first = {file.entry.local_path: file for file in reversed(files)}
+        if len(first) == len(files):
+            yield files
+            return
+        yield list(first.values())
+        files = [file for file in files if first[file.entry.local_path] is not file]
