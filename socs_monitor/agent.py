@@ -12,6 +12,7 @@ import os
 import queue
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import txaio
@@ -23,23 +24,21 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import LoopingCall
 
-from socs_monitor import messages, udp
+from socs_monitor import messages, options, udp
 from socs_monitor.archive import create_remote_path
+from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.feeds import Feeds
 from socs_monitor.intake import Intake
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
-from socs_monitor.registrar import Policy, Registrar
+from socs_monitor.options import make_parser
+from socs_monitor.registrar import Registrar
 from socs_monitor.spool import Incoming, Spool, SpoolError
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync import Database
+from socs_monitor.suprsync import Database, DatabaseUnavailableError
 
 __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
 
 reactor: Any = _reactor  # a module to the type checker, the reactor's interfaces in truth
-
-DEFAULT_INSTANCE = "pysmurf-monitor"
-DEFAULT_DB_PATH = "/data/so/databases/suprsync.db"
-DEFAULT_UDP_PORT = 8200
 
 # Seconds between two updates of session.data.
 _SHOW_INTERVAL_S = 1.0
@@ -94,9 +93,7 @@ class PysmurfMonitor(DatagramProtocol):
 
     @functools.cached_property
     def _spool(self) -> Spool:
-        instance = getattr(self._args, "instance_id", None) or DEFAULT_INSTANCE
-        default = f"{self.db_path}.{instance}.spool"
-        return Spool(getattr(self._args, "spool_path", None) or default, self._stats.warn)
+        return Spool(options.spool_path(self._args), self._stats.warn)
 
     @functools.cached_property
     def _intake(self) -> Intake:
@@ -110,7 +107,7 @@ class PysmurfMonitor(DatagramProtocol):
             echo=self.echo_sql,
             report=self._stats.warn,
         )
-        return Registrar(self._intake, self._spool, database, self._stats, Policy(), self._debug)
+        return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), self._debug)
 
     def start(self) -> None:
         """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
@@ -224,6 +221,106 @@ class PysmurfMonitor(DatagramProtocol):
         session.set_status("stopping")
         return True, "Done monitoring."
 
+    @ocs_agent.param("limit", default=100, type=int, check=lambda limit: 0 < limit <= 100)  # type: ignore[untyped-decorator]
+    def list_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
+        """list_failed(limit=100)
+
+        **Task** - List the dead letters: registrations whose file could not be registered, oldest first.
+
+        Parameters:
+            limit (int, optional): How many to list at the most, up to 100. Default is 100.
+
+        Notes:
+            The session data holds them, with ``total`` the number of all there are::
+
+                >>> response.session['data']
+                {'timestamp': 1700000000.5, 'total': 1,
+                 'failed': [{'id': 17, 'received': 1699990000.2, 'sender': '10.0.0.5:45678',
+                             'path': '/data/so/timestreams/16999/crate1slot2/1699989000_001.g3',
+                             'reason': '...: No such file or directory, given up after 1 h',
+                             'refused': False, 'attempts': 68}]}
+
+            ``refused`` ones can never become a row as they are; the others may be tried again (`retry_failed`).
+        """
+        total = self._spool.counts["dead"]
+        failed = [letter.summary() for letter in self._spool.dead(limit=params["limit"])]
+        session.data = {"timestamp": time.time(), "total": total, "failed": failed}
+        return True, f"{total} dead letters, {len(failed)} listed."
+
+    @ocs_agent.param("ids", default=None)  # type: ignore[untyped-decorator]
+    def retry_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
+        """retry_failed(ids=None)
+
+        **Task** - Try dead letters again, as if they had just arrived.
+
+        Parameters:
+            ids (list of int, optional): Which ones, by the ids of `list_failed`. Default is all.
+        """
+        return self._revise("tried again", self._registrar.retry, params["ids"])
+
+    @ocs_agent.param("ids", default=None)  # type: ignore[untyped-decorator]
+    def discard_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
+        """discard_failed(ids=None)
+
+        **Task** - Forget dead letters for good. Their files stay where they are, and nobody will copy them.
+
+        Parameters:
+            ids (list of int, optional): Which ones, by the ids of `list_failed`. Default is all.
+        """
+        return self._revise("discarded", self._spool.discard, params["ids"])
+
+    def _revise(
+        self, what: str, operation: Callable[[list[int] | None], int], ids: list[int] | None
+    ) -> tuple[bool, str]:
+        if ids is not None and not (isinstance(ids, list) and all(type(id_) is int for id_ in ids)):
+            return False, f"ids is to be a list of whole numbers, not {ids!r}."
+        try:
+            changed = operation(ids)
+        except SpoolError as error:
+            return False, str(error)
+        missing = 0 if ids is None else len(set(ids)) - changed
+        message = f"{changed} dead letters {what}" + (f", {missing} ids are no dead letters." if missing else ".")
+        self._stats.info(message)
+        return not missing, message
+
+    @ocs_agent.param("root", type=str)  # type: ignore[untyped-decorator]
+    @ocs_agent.param("dry_run", default=False, type=bool)  # type: ignore[untyped-decorator]
+    def backfill(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
+        """backfill(root, dry_run=False)
+
+        **Task** - Register timestream files that no row names: the agent was down, or a datagram was lost.
+
+        Files that changed within the last two minutes are left alone, since the streamer may still write them.
+        May be repeated at will.
+
+        Parameters:
+            root (str): Folder of the timestreams, e.g. ``/data/so/timestreams``.
+            dry_run (bool, optional): Only say what would be registered. Default is False.
+
+        Notes:
+            The session data tells of the progress, and lists the first 20 files that no row names::
+
+                >>> response.session['data']
+                {'timestamp': 1700000000.5, 'seen': 90000, 'unregistered': 2, 'dry_run': True,
+                 'paths': ['/data/so/timestreams/16999/crate1slot2/1699989000_001.g3',
+                           '/data/so/timestreams/16999/crate1slot2/1699989000_002.g3']}
+        """
+        root, dry_run = params["root"], params["dry_run"]
+        scan = Scan(root, self.db_path)
+        try:
+            for path in scan:
+                if not dry_run:
+                    self._intake.put(*registration_of(path))
+                session.data = {**scan.progress(), "dry_run": dry_run}
+        except (OSError, DatabaseUnavailableError) as error:
+            return False, f"backfill of {root}: {error}"
+        finally:
+            session.data = {**scan.progress(), "dry_run": dry_run}
+        verb = "would be" if dry_run else "are being"
+        message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
+        self._stats.info(f"backfill of {root}: {message}")
+        return True, message
+
     def _show(self) -> None:
         if self._session is not None:
             self._session.data = self._stats.data(self._spool.counts)
@@ -236,51 +333,8 @@ class PysmurfMonitor(DatagramProtocol):
         self.log.debug("{text}", text=text)
 
 
-def _boolean(text: str) -> bool:
-    try:
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False (also yes/no, 1/0)") from None
-
-
-def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """Add the agent's options to `parser`, or to a new one."""
-    if parser is None:
-        parser = argparse.ArgumentParser()
-    group = parser.add_argument_group("Agent Options")
-    group.add_argument(
-        "--udp-port",
-        type=int,
-        default=DEFAULT_UDP_PORT,
-        help="UDP port on which the pysmurf publishers' messages arrive. Default: %(default)s",
-    )
-    group.add_argument(
-        "--create-table",
-        type=_boolean,
-        default=True,
-        metavar="True|False",
-        help="Whether the agent makes the database and its tables where they are missing. With False, and no"
-        " table, files wait in the spool and run says so. Default: %(default)s",
-    )
-    group.add_argument(
-        "--db-path", default=DEFAULT_DB_PATH, help="Path to the suprsync SQLite database. Default: %(default)s"
-    )
-    group.add_argument("--echo-sql", action="store_true", help="Log every SQL statement. Default: %(default)s")
-    group.add_argument(
-        "--test-mode",
-        action="store_true",
-        help="Do not start run at start-up; when a client starts it, it handles what has arrived and stops."
-        " Default: %(default)s",
-    )
-    group.add_argument(
-        "--spool-path",
-        help="File in which registrations are kept until their row is safe; on a local disk. Default:"
-        " <db-path>.<instance-id>.spool",
-    )
-    return parser
-
-
-def _parse_args(args: list[str] | None) -> argparse.Namespace:
+def parse_args(args: list[str] | None) -> argparse.Namespace:
+    """Parse the command line together with the site config, as OCS does, but with this agent's defaults."""
     parser = make_parser()
     parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
     parsed: argparse.Namespace = site_config.parse_args(agent_class="PysmurfMonitor", parser=parser, args=args)
@@ -305,14 +359,16 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
-    txaio.start_logging(  # type: ignore[attr-defined]
-        level=os.environ.get("LOGLEVEL", "info")
-    )
-    parsed = _parse_args(args)
+    parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's
+    txaio.start_logging(level=os.environ.get("LOGLEVEL", "info"))  # type: ignore[attr-defined]
     agent, runner = ocs_agent.init_site_agent(parsed)
     agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
+    agent.register_task("list_failed", monitor.list_failed)
+    agent.register_task("retry_failed", monitor.retry_failed, min_privs=2)
+    agent.register_task("discard_failed", monitor.discard_failed, min_privs=3)
+    agent.register_task("backfill", monitor.backfill, min_privs=2)
     try:
         monitor.start()
     except (SpoolError, CannotListenError) as error:

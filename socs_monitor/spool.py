@@ -137,6 +137,18 @@ class DeadLetter(NamedTuple):
     reason: str
     refused: bool
 
+    def summary(self) -> dict[str, Any]:
+        """What a person wants to know of it."""
+        return {
+            "id": self.id,
+            "received": self.received,
+            "sender": self.sender,
+            "path": messages.parse_file(self.message).meta["path"],
+            "reason": self.reason,
+            "refused": self.refused,
+            "attempts": self.attempts,
+        }
+
 
 class Spool:
     """The spool file, opened for this process alone. Safe to use from several threads.

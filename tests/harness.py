@@ -287,7 +287,9 @@ class Router(Process):
             return False
 
 
-def write_site_config(path: Path, router: Router, udp_port: int, db_path: Path, **options: Any) -> None:
+def write_site_config(
+    path: Path, router: Router, udp_port: int, db_path: Path, options: Sequence[Sequence[Any]] = ()
+) -> None:
     """Write the example site config with another router, port and database.
 
     Args:
@@ -295,14 +297,13 @@ def write_site_config(path: Path, router: Router, udp_port: int, db_path: Path, 
         router: The router for the hub.
         udp_port: For ``--udp-port``.
         db_path: For ``--db-path``.
-        options: Values for further options of the agent: ``create_table=False`` becomes ``--create-table False``.
+        options: Further options of the agent, as a site config has them: ``[["--create-table", False]]``.
     """
     config = yaml.safe_load(SITE_CONFIG.read_text())
     config["hub"] |= {"wamp_server": router.ws_url, "wamp_http": router.http_url}
     instance = config["hosts"]["localhost"]["agent-instances"][0]
-    ours = {"--udp-port": udp_port, "--db-path": str(db_path)}
-    ours |= {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-    instance["arguments"] = [[*pair] for pair in (dict(instance["arguments"]) | ours).items()]
+    ours = [["--udp-port", udp_port], ["--db-path", str(db_path)], *options]
+    instance["arguments"] = list({option[0]: [*option] for option in [*instance["arguments"], *ours]}.values())
     path.write_text(yaml.safe_dump(config))
 
 
@@ -314,10 +315,10 @@ class Agent(Process):
         router: The router that it is to connect to; it need not run.
         udp_port: Its UDP port; default is a free one.
         db_path: The database; default is ``suprsync.db`` in `folder`.
-        arguments: More command line arguments.
+        options: Further options of the agent, as for `write_site_config`.
+        arguments: More command line arguments; OCS takes only its own there, e.g. ``--crossbar-timeout``.
         env: Environment variables to add.
         bin_dir: Programs of the environment to take `ocs-agent-cli` from: ours, or `PEER_BIN`.
-        options: As for `write_site_config`.
     """
 
     INSTANCE = "pysmurf-monitor"
@@ -329,16 +330,16 @@ class Agent(Process):
         *,
         udp_port: int | None = None,
         db_path: Path | None = None,
+        options: Sequence[Sequence[Any]] = (),
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         bin_dir: Path = OWN_BIN,
-        **options: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.udp_port = free_udp_port() if udp_port is None else udp_port
         self.db_path = folder / "suprsync.db" if db_path is None else db_path
         self.site_config = folder / "site-config.yaml"
-        write_site_config(self.site_config, router, self.udp_port, self.db_path, **options)
+        write_site_config(self.site_config, router, self.udp_port, self.db_path, options)
         command = [require(bin_dir / "ocs-agent-cli")]
         coverage = sys.modules.get("coverage")
         if bin_dir == OWN_BIN and coverage is not None and coverage.Coverage.current() is not None:

@@ -56,7 +56,7 @@ def test_the_router_serves_the_realm_of_the_example() -> None:
 
 def test_overrides_reach_the_agent(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
-    write_site_config(path, Router(tmp_path, port=8123), 8234, tmp_path / "x.db", create_table=False)
+    write_site_config(path, Router(tmp_path, port=8123), 8234, tmp_path / "x.db", [["--create-table", False]])
 
     args = parse(path)
     assert args.site_hub == "ws://127.0.0.1:8123/ws"
