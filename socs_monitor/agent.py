@@ -306,16 +306,17 @@ class PysmurfMonitor(DatagramProtocol):
                            '/data/so/timestreams/16999/crate1slot2/1699989000_002.g3']}
         """
         root, dry_run = params["root"], params["dry_run"]
-        scan = Scan(root, self.db_path)
+
+        def show(progress: dict[str, Any]) -> None:
+            session.data = {**progress, "dry_run": dry_run}
+
+        scan = Scan(root, self.db_path, show)
         try:
             for path in scan:
                 if not dry_run:
                     self._intake.put(*registration_of(path))
-                session.data = {**scan.progress(), "dry_run": dry_run}
         except (OSError, DatabaseUnavailableError) as error:
             return False, f"backfill of {root}: {error}"
-        finally:
-            session.data = {**scan.progress(), "dry_run": dry_run}
         verb = "would be" if dry_run else "are being"
         message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
         self._stats.info(f"backfill of {root}: {message}")
@@ -366,9 +367,11 @@ def main(args: list[str] | None = None) -> None:
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
     agent.register_task("list_failed", monitor.list_failed)
-    agent.register_task("retry_failed", monitor.retry_failed, min_privs=2)
-    agent.register_task("discard_failed", monitor.discard_failed, min_privs=3)
-    agent.register_task("backfill", monitor.backfill, min_privs=2)
+    # where a site has no access policy, OCS gives everybody level 1 and nobody more
+    guarded = agent.access_config.policy != "none"
+    agent.register_task("retry_failed", monitor.retry_failed, min_privs=2 if guarded else 1)
+    agent.register_task("discard_failed", monitor.discard_failed, min_privs=3 if guarded else 1)
+    agent.register_task("backfill", monitor.backfill, min_privs=2 if guarded else 1)
     try:
         monitor.start()
     except (SpoolError, CannotListenError) as error:

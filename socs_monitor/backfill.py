@@ -25,6 +25,7 @@ class Scan:
     Args:
         root: The folder; paths begin with it, so it must be spelled as the streamer spells it.
         db_path: The SupRsync database.
+        report: Called now and then with `progress`.
         clock: Gives unix time.
 
     Attributes:
@@ -34,9 +35,16 @@ class Scan:
     Iterating raises `OSError` if the folder cannot be read, and `DatabaseUnavailableError`.
     """
 
-    def __init__(self, root: str, db_path: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        root: str,
+        db_path: str,
+        report: Callable[[dict[str, Any]], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._root = os.path.abspath(root)
         self._db_path = db_path
+        self._report = report
         self._clock = clock
         self._paths: list[str] = []
         self.seen = 0
@@ -61,7 +69,7 @@ class Scan:
             "timestamp": self._clock(),
             "seen": self.seen,
             "unregistered": self.unregistered,
-            "paths": self._paths,
+            "paths": list(self._paths),
         }
 
     def _files(self) -> Iterator[str]:
@@ -83,6 +91,7 @@ class Scan:
                 if len(self._paths) < _PATHS_SHOWN:
                     self._paths.append(path)
                 yield path
+        self._report(self.progress())
 
 
 def registration_of(path: str) -> tuple[dict[str, Any], Incoming]:
