@@ -113,7 +113,7 @@ class Registrar:
         self._serial = itertools.count()
         self._unstable: dict[int, float] = {}  # seconds to the next look, for files that had changed
         self._pooled: deque[Hashed | Failure] = deque()
-        self._in_pool = 0
+        self._in_pool: set[int] = set()  # the spool still calls these pending, and may hand them out once more
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
         self._database_identity = self._database.identity
@@ -274,12 +274,12 @@ class Registrar:
                 hashed.append(found)
             elif isinstance(found, Failure):
                 failures.append(found)
-            else:
-                self._in_pool += 1
+            elif registration.id not in self._in_pool:
+                self._in_pool.add(registration.id)
                 self._pool.submit(self._look_in_pool, registration)
         while self._pooled:
             found = self._pooled.popleft()
-            self._in_pool -= 1
+            self._in_pool.discard(found.registration.id)
             if isinstance(found, Hashed):
                 hashed.append(found)
             else:
