@@ -185,14 +185,24 @@ class Database:
         self._report = report
         self._clock = clock
         self._open_connection: Connection | None = None
+        self._pin: int | None = None  # held open, so that no other file can get the inode of the one in use
         self.identity: tuple[int, int] | None = None
         """Device and inode of the file in use; another one means that somebody replaced the file."""
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
+        self._disconnect()
+        self._unpin()
+
+    def _disconnect(self) -> None:
         if self._open_connection is not None:
             self._open_connection.close()
             self._open_connection = None
+
+    def _unpin(self) -> None:
+        if self._pin is not None:
+            os.close(self._pin)
+            self._pin = self.identity = None
 
     def register(self, files: Sequence[HashedFile]) -> None:
         """Register files in one short transaction, all or none; registering again changes nothing.
@@ -256,7 +266,7 @@ class Database:
             return self._open_connection
         if self._open_connection is not None:
             self._report(f"the database {self.path} was moved away or replaced: opened anew")
-        self.close()
+        self._disconnect()
         if identity is None and not self._create_table:
             raise DatabaseUnavailableError(f"the database {self.path} does not exist: {_CREATE_ADVICE}")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -273,7 +283,9 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._open_connection, self.identity = connection, _identity(self.path)
+        pin = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
+        self._unpin()
+        self._open_connection, self._pin, self.identity = connection, pin, _identity(self.path)
         return connection
 
     def _prepare(self, connection: Connection) -> None:
@@ -301,7 +313,7 @@ class Database:
             if not isinstance(error, DBAPIError) or (code is not None and code & 0xFF in _ROW_CODES):
                 raise RowRefusedError(str(error.orig)) from error
             advice = _ADVICE.get(code & 0xFF, "") if code is not None else ""
-            self.close()
+            self._disconnect()
             raise DatabaseUnavailableError(f"the database {self.path}: {error.orig}; {advice}") from error
 
 
