@@ -38,7 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-from socs_monitor import messages
+from socs_monitor import crashpoint, messages
 
 VERSION = 1
 
@@ -235,11 +235,13 @@ class Spool:
         """Note that the rows of these registrations are committed."""
         with self._moving(registrations, SETTLING) as db:
             db.execute(f"UPDATE registrations SET state = 'settling' WHERE {_IDS}", (_ids(registrations),))
+        crashpoint.reach("settling")
 
     def remove(self, registrations: Sequence[Registration]) -> None:
         """Forget registrations that are done: their rows are committed, their files looked at again."""
         with self._moving(registrations, SETTLED) as db:
             db.execute(f"DELETE FROM registrations WHERE {_IDS}", (_ids(registrations),))
+        crashpoint.reach("settled")
 
     def wait(self, failures: Sequence[Failure]) -> None:
         """Note when registrations are to be tried again, and why they failed so far."""

@@ -34,6 +34,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import NullPool
 
+from socs_monitor import crashpoint
 from socs_monitor.archive import Entry
 
 
@@ -250,6 +251,7 @@ class Database:
                 new.append({**file.entry._asdict(), "local_md5sum": file.md5, **anew})
         if new:
             connection.execute(insert(_TABLE), new)
+        crashpoint.reach("inserted")
 
     def rows(self, paths: Iterable[str]) -> dict[str, list[Row]]:
         """Return the rows of local paths, in the order they were added.
