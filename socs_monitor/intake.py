@@ -159,19 +159,23 @@ class Intake:
                     self._beyond_queue = False
                 return registrations
             items = [self._queue.queue.popleft() for _ in range(min(BATCH, len(self._queue.queue)))]
-        return [item for item in map(self._adopted, items) if item is not None]
+            registrations = [item for item in items if isinstance(item, Registration)]
+            if registrations:
+                self._cursor = registrations[-1].id
+        foreign = [item for item in items if not isinstance(item, Registration)]
+        if foreign:
+            self._adopt(foreign)
+        return registrations or (self.take(0.0) if foreign else [])
 
-    def _adopted(self, item: Meta) -> Registration | None:
+    def _adopt(self, metas: list[Meta]) -> None:
         """Accept what somebody else put on the queue."""
-        if isinstance(item, Registration):
-            return item
-        try:
-            message = messages.encode_file(item)
-        except messages.MessageError as error:
-            self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
-            return None
-        incoming = Incoming(self._clock(), "file_queue", message)
-        return self._accept([(item, incoming)])[0]
+        for meta in metas:
+            try:
+                message = messages.encode_file(meta)
+            except messages.MessageError as error:
+                self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
+            else:
+                self._enqueue(self._accept([(meta, Incoming(self._clock(), "file_queue", message))]))
 
     def wake(self) -> None:
         """Make `take` return."""

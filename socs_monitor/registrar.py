@@ -113,7 +113,7 @@ class Registrar:
         self._serial = itertools.count()
         self._unstable: dict[int, float] = {}  # seconds to the next look, for files that had changed
         self._pooled: deque[Hashed | Failure] = deque()
-        self._in_pool: set[int] = set()  # the spool still calls these pending, and may hand them out once more
+        self._in_pool: set[int] = set()
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
         self._database_identity = self._database.identity
