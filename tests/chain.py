@@ -1,0 +1,192 @@
+"""The way of a file without OCS: intake, spool, registrar and database, all real, over one folder.
+
+The unit tests drive it step by step with a clock of their own; the worker of the crash tests lets it run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from socs_monitor import messages
+from socs_monitor.emulator import data_file
+from socs_monitor.intake import Intake
+from socs_monitor.registrar import Policy, Registrar
+from socs_monitor.spool import STATES, Incoming, Spool
+from socs_monitor.stats import Stats
+from socs_monitor.suprsync import Database
+from tests.harness import rows
+
+SETTLE_S = Policy().settle_after
+
+SENDER = "127.0.0.1:40000"
+
+_mtime_ns = 1_700_000_000 * 10**9
+
+
+class Clock:
+    """Unix time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> str:
+    """Write a file, with a time of change that no other writing had, and return the MD5 sum of its content."""
+    global _mtime_ns
+    _mtime_ns += 10**9
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, ns=(_mtime_ns, _mtime_ns))  # a file system's own times may be too coarse to tell two writings
+    return md5(content)
+
+
+@contextlib.contextmanager
+def write_lock(db_path: str | Path) -> Iterator[sqlite3.Connection]:
+    """Hold a SQLite file's write lock; the connection that holds it may be used, what it writes is rolled back."""
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None, timeout=10)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+
+
+def execute(db_path: str | Path, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+    """Do one statement on a SQLite file, committed, as another program would."""
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None, timeout=10)) as connection:
+        return connection.execute(statement, parameters).fetchall()
+
+
+class Chain:
+    """The chain; `crash` and `open` end it and begin it anew on the same files.
+
+    Args:
+        folder: Folder of the database, its spool, and the folder ``files``.
+        clock: Gives unix time.
+        policy: How files are treated.
+
+    Attributes:
+        said: All lines that belong in the log: level and text.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, policy: Policy | None = None) -> None:
+        self.db_path = folder / "suprsync.db"
+        self.spool_path = folder / "spool"
+        self.files = folder / "files"
+        self.clock = clock
+        self.said: list[tuple[str, str]] = []
+        self._policy = Policy() if policy is None else policy
+        self.open()
+
+    def open(self) -> None:
+        """Begin, as the agent does when it starts."""
+        self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock)
+        self.spool = Spool(str(self.spool_path), self.stats.warn)
+        self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.intake = Intake(self.spool, self.queue, self.stats, self.clock)
+        self.database = Database(
+            str(self.db_path), create_table=True, echo=False, report=self.stats.warn, clock=self.clock
+        )
+        self.registrar = Registrar(
+            self.intake, self.spool, self.database, self.stats, self._policy, lambda _: None, self.clock
+        )
+
+    def crash(self) -> None:
+        """End as a killed process does: what is in memory is gone, locks are free, nothing is written any more."""
+        self.database.close()
+        self.spool.close()
+
+    def reopen(self) -> None:
+        """Crash and start."""
+        self.crash()
+        self.open()
+        self.registrar.begin()
+
+    def path(self, name: str) -> Path:
+        return self.files / name
+
+    def write(self, name: str, content: bytes) -> str:
+        """As `write_file`, below the folder of files."""
+        return write_file(self.path(name), content)
+
+    def accept(self, name: str, action: str = "act", **fields: Any) -> None:
+        """Have a registration arrive, of a file below the folder of files."""
+        payload = data_file(str(self.path(name)), timestamp=1_700_000_000, action=action, action_ts="1700000000")
+        self.accept_datagram({"id": "crate1slot2", "type": "data_file", "payload": {**payload, **fields}})
+
+    def accept_datagram(self, envelope: dict[str, Any]) -> None:
+        """Have any registration arrive."""
+        text = json.dumps(envelope)
+        self.intake.put(messages.parse_file(text).meta, Incoming(self.clock(), SENDER, text))
+
+    def step(self) -> bool:
+        """Do all that can be done now. What the spool says of itself is true before and after."""
+        self.check()
+        worked = self.registrar.step(0.0)
+        self.check()
+        return worked
+
+    def check(self) -> None:
+        """The counts add up, and are what is in the spool's file."""
+        counts = self.spool.counts
+        assert counts["received"] == sum(counts[state] for state in (*STATES, "settled", "discarded")), counts
+        stored = Counter(dict(execute(self.spool_path, "SELECT state, count(*) FROM registrations GROUP BY state")))
+        assert {state: counts[state] for state in STATES} == {state: stored[state] for state in STATES}
+        files = self.stats.data(counts)["files"]
+        assert files["received"] == sum(files[key] for key in ("registered", "pending", "waiting", "dead", "discarded"))
+
+    def counts(self) -> dict[str, int]:
+        """How many registrations are where, without the zeros."""
+        return {state: count for state, count in self.spool.counts.items() if count}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the database, in order."""
+        return rows(self.db_path)
+
+    def sums(self) -> dict[str, str]:
+        """File name to MD5 sum, of the rows; a file with two rows is an error."""
+        rows = self.rows()
+        sums = {os.path.basename(row["local_path"]): row["local_md5sum"] for row in rows}
+        assert len(sums) == len(rows), rows
+        return sums
+
+    def dead_letters(self) -> list[tuple[str, str, bool]]:
+        """File name, reason and whether it was refused, of each."""
+        letters = [letter.summary() for letter in self.spool.dead()]
+        return [(os.path.basename(letter["path"]), letter["reason"], letter["refused"]) for letter in letters]
+
+    def next_due(self) -> float:
+        """Unix time at which the only registration that waits is tried again."""
+        ((due, _),) = self.spool.waiting_times()
+        return due
+
+    def archive(self, name: str, *, remove: bool) -> None:
+        """Do what SupRsync does: copy and verify a file, and remove it where told to."""
+        path = self.path(name)
+        execute(
+            self.db_path,
+            "UPDATE supersync_v0 SET remote_md5sum = ?, copied = ?, removed = ? WHERE local_path = ?",
+            md5(path.read_bytes()),
+            self.clock(),
+            self.clock() if remove else None,
+            str(path),
+        )
+        if remove:
+            path.unlink()

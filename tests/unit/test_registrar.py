@@ -1,0 +1,267 @@
+"""The registrar, with real files, a real spool, a real database, and a clock that the tests move."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from socs_monitor import intake, registrar
+from socs_monitor.registrar import retry_delay
+from tests.chain import SETTLE_S, Chain, Clock, md5
+from tests.harness import wait_until
+
+
+def test_a_file_is_registered_at_once_and_settles_later(chain: Chain, clock: Clock) -> None:
+    sum_ = chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    assert chain.counts() == {"received": 1, "pending": 1}
+
+    assert chain.step()
+    (row,) = chain.rows()
+    assert (row["local_md5sum"], row["timestamp"]) == (sum_, clock.now)
+    assert row["remote_path"] == "17000/crate1slot2/1700000000_act/outputs/a.dat"
+    assert chain.counts() == {"received": 1, "settling": 1}
+
+    clock.advance(SETTLE_S - 0.01)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settling": 1}
+    clock.advance(0.02)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+    assert chain.rows() == [row]
+    assert not chain.step(), "nothing is left to do"
+
+
+def test_what_the_spool_holds_comes_first_and_in_order(chain: Chain) -> None:
+    names = [f"{number:03}.dat" for number in range(2 * intake.BATCH + 10)]
+    for name in names:
+        chain.write(name, name.encode())
+        chain.accept(name)
+    chain.reopen()
+    chain.write("new.dat", b"new")
+    chain.accept("new.dat")
+
+    while chain.step():
+        pass
+    assert list(chain.sums()) == [*names, "new.dat"]
+    assert chain.sums() == {name: md5(name.encode()) for name in names} | {"new.dat": md5(b"new")}
+
+
+def test_run_once_handles_all_that_has_arrived_and_returns(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    sums = {name: chain.write(name, os.urandom(size)) for name, size in (("small", 1), ("large", 2 * registrar.SMALL))}
+    for name in (*sums, "missing"):
+        chain.accept(name)
+
+    chain.registrar.run(once=True)
+
+    assert chain.sums() == sums
+    assert chain.counts() == {"received": 3, "settling": 2, "waiting": 1}
+    chain.crash()
+
+
+def test_run_ends_when_stopped_and_goes_on_when_run_again(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    for round_ in range(3):
+        thread = threading.Thread(target=chain.registrar.run)
+        thread.start()
+        chain.write(f"{round_}.dat", b"x")
+        chain.accept(f"{round_}.dat")
+        wait_until(lambda n=round_: chain.spool.counts["settling"] == n + 1, 5, "the file is registered")
+        chain.registrar.stop()
+        thread.join(5)
+        assert not thread.is_alive()
+    assert list(chain.sums()) == ["0.dat", "1.dat", "2.dat"]
+    chain.crash()
+
+
+# --- files that are not there, or not readable
+
+
+def test_the_wait_for_a_file_doubles_from_a_tenth_of_a_second_to_a_minute_for_an_hour() -> None:
+    delays = []
+    while (delay := retry_delay(len(delays), 3600.0)) is not None:
+        delays.append(delay)
+
+    assert delays[:10] == [pytest.approx(0.1 * 2**n) for n in range(10)]
+    assert set(delays[10:]) == {60.0}
+    assert 3600 <= sum(delays) < 3660
+
+
+def test_a_late_file_is_found_when_it_is_due_and_not_before(chain: Chain, clock: Clock) -> None:
+    chain.accept("late.dat")
+    waits = []
+    for _ in range(12):
+        chain.step()
+        assert chain.counts() == {"received": 1, "waiting": 1}
+        waits.append(chain.next_due() - clock.now)
+        clock.advance(waits[-1])
+    assert waits == [pytest.approx(min(0.1 * 2**n, 60.0), rel=1e-4) for n in range(12)]
+
+    chain.step()
+    sum_ = chain.write("late.dat", b"there at last")
+    clock.now = chain.next_due() - 0.01
+    chain.step()
+    assert chain.rows() == []
+    clock.advance(0.02)
+    chain.step()
+    assert chain.sums() == {"late.dat": sum_}
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+
+
+def test_the_wait_goes_on_where_it_was_after_a_crash(chain: Chain, clock: Clock) -> None:
+    chain.accept("late.dat")
+    for _ in range(5):
+        chain.step()
+        clock.now = chain.next_due()
+    chain.step()
+    due = chain.next_due()
+
+    chain.reopen()
+    chain.step()
+    assert chain.next_due() == due
+    clock.now = due
+    chain.step()
+    assert chain.next_due() - clock.now == pytest.approx(0.1 * 2**6)
+
+
+def give_up(chain: Chain, clock: Clock) -> None:
+    """Let the only registration that waits wait in vain."""
+    chain.step()
+    while chain.spool.counts["waiting"]:
+        clock.now = chain.next_due()
+        chain.step()
+
+
+def test_a_file_that_never_comes_is_a_dead_letter_with_its_reason(chain: Chain, clock: Clock) -> None:
+    begin = clock.now
+    chain.accept("never.dat")
+    give_up(chain, clock)
+
+    assert 3600 <= clock.now - begin < 3700
+    assert chain.counts() == {"received": 1, "dead": 1}
+    ((name, reason, refused),) = chain.dead_letters()
+    assert (name, refused) == ("never.dat", False)
+    assert "No such file" in reason
+    assert "given up after 1 h" in reason
+    assert len([text for level, text in chain.said if level == "error"]) == 1
+    assert len(chain.said) < 5, "a line a state change, not one a look"
+
+
+def test_dead_letters_are_tried_again_by_id_or_discarded(chain: Chain, clock: Clock) -> None:
+    for name in ("a.dat", "b.dat", "c.dat"):
+        chain.accept(name)
+        give_up(chain, clock)
+    first, second, third = (letter.id for letter in chain.spool.dead())
+    sums = {name: chain.write(name, name.encode()) for name in ("a.dat", "b.dat", "c.dat")}
+
+    assert chain.registrar.retry([second, 999]) == 1
+    chain.step()
+    assert chain.sums() == {"b.dat": sums["b.dat"]}
+    assert chain.spool.discard([first, second]) == 1
+    assert chain.counts() == {"received": 3, "discarded": 1, "settling": 1, "dead": 1}
+    assert chain.registrar.retry() == 1
+    chain.step()
+    assert chain.sums() == {name: sums[name] for name in ("b.dat", "c.dat")}
+    assert [letter.id for letter in chain.spool.dead([third])] == []
+
+
+def test_a_dead_letter_that_is_tried_again_has_its_whole_hour(chain: Chain, clock: Clock) -> None:
+    chain.accept("never.dat")
+    give_up(chain, clock)
+    begin = clock.now
+
+    chain.registrar.retry()
+    chain.step()
+    assert chain.next_due() - clock.now == pytest.approx(0.1)
+    give_up(chain, clock)
+    assert clock.now - begin >= 3600
+
+
+def test_a_file_archived_and_removed_before_it_was_settled_is_done(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    clock.advance(0.1)
+    chain.step()
+    clock.advance(1)
+    chain.archive("a.dat", remove=True)
+    (row,) = chain.rows()
+
+    chain.reopen()
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+    assert chain.rows() == [row]
+
+
+def test_a_file_removed_before_its_second_registration_was_looked_at_is_done(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    chain.step()
+    clock.advance(SETTLE_S)
+    chain.step()
+    clock.advance(60)
+    chain.accept("a.dat")
+    clock.advance(0.1)
+    chain.archive("a.dat", remove=True)
+
+    chain.step()
+    assert chain.counts() == {"received": 2, "settled": 2}
+
+
+def test_a_file_removed_before_it_was_registered_again_is_waited_for(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    chain.step()
+    chain.archive("a.dat", remove=True)
+    clock.advance(SETTLE_S)
+    chain.step()
+
+    chain.accept("a.dat")
+    chain.step()
+    assert chain.counts() == {"received": 2, "settled": 1, "waiting": 1}
+    sum_ = chain.write("a.dat", b"written anew")
+    clock.advance(0.1)
+    chain.step()
+    (row,) = chain.rows()
+    assert (row["local_md5sum"], row["remote_md5sum"], row["copied"], row["removed"]) == (sum_, None, None, None)
+
+
+def test_what_cannot_be_opened_is_tried_again(chain: Chain, clock: Clock) -> None:
+    loop = chain.path("loop.dat")
+    loop.parent.mkdir()
+    loop.symlink_to(loop)
+    chain.path("file").write_bytes(b"a file where a folder belongs")
+    for name in ("loop.dat", "file/below.dat"):
+        chain.accept(name)
+    chain.step()
+    assert chain.counts() == {"received": 2, "waiting": 2}
+
+    loop.unlink()
+    chain.path("file").unlink()
+    sums = {"loop.dat": chain.write("loop.dat", b"1"), "below.dat": chain.write("file/below.dat", b"2")}
+    clock.advance(0.1)
+    chain.step()
+    assert chain.sums() == sums
+
+
+def test_what_is_no_file_is_refused(chain: Chain) -> None:
+    chain.path("folder.dat").mkdir(parents=True)
+    os.mkfifo(chain.path("fifo.dat"))
+    chain.accept("folder.dat")
+    chain.accept("fifo.dat")
+    chain.accept("other.dat", archive_name="elsewhere")
+    chain.step()
+
+    letters = chain.dead_letters()
+    assert [(name, refused) for name, _, refused in letters] == [
+        ("folder.dat", True),
+        ("fifo.dat", True),
+        ("other.dat", True),
+    ]
+    for word, (_, reason, _) in zip(("directory", "FIFO", "elsewhere"), letters, strict=True):
+        assert word in reason

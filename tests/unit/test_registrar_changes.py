@@ -1,0 +1,141 @@
+"""The registrar and files that change, and files that are large."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from socs_monitor import intake
+from tests.chain import SETTLE_S, Chain, Clock, md5
+from tests.harness import wait_until
+
+
+def test_a_file_that_grew_is_registered_again_ever_more_rarely_until_it_rests(chain: Chain, clock: Clock) -> None:
+    content = b"x"
+    chain.write("grows.dat", content)
+    chain.accept("grows.dat")
+    chain.step()
+    waits = []
+    for _ in range(7):
+        content += b"x"
+        sum_ = chain.write("grows.dat", content)
+        begin = clock.now
+        while chain.sums()["grows.dat"] != sum_:
+            clock.advance(0.5)
+            chain.step()
+        waits.append(clock.now - begin)
+    assert waits == [5, 10, 20, 40, 60, 60, 60]
+
+    clock.advance(60)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+    (row,) = chain.rows()
+    assert (row["local_md5sum"], row["timestamp"]) == (sum_, clock.now - 60)
+
+
+def test_one_that_vanishes_while_it_settles_keeps_its_row(chain: Chain, clock: Clock) -> None:
+    sum_ = chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    chain.step()
+    chain.path("a.dat").unlink()
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
+    assert chain.counts() == {"received": 1, "settled": 1}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_overwritten_file_leaves_no_row_that_cannot_be_copied(chain: Chain, clock: Clock, copied: bool) -> None:
+    old = chain.write("plot.png", b"old")
+    chain.accept("plot.png", action="first")
+    chain.step()
+    if copied:
+        chain.archive("plot.png", remove=False)
+    new = chain.write("plot.png", b"new content")
+    clock.advance(1)
+    chain.accept("plot.png", action="second")
+    chain.step()
+
+    first, second = chain.rows()
+    assert first["local_md5sum"] == (old if copied else new)
+    assert (second["local_md5sum"], second["timestamp"]) == (new, clock.now)
+    assert "second" in second["remote_path"]
+
+
+def test_the_same_path_three_times_in_a_batch(chain: Chain) -> None:
+    sum_ = chain.write("a.dat", b"content")
+    for action in ("one", "two", "one"):
+        chain.accept("a.dat", action=action)
+    chain.step()
+
+    assert [row["local_md5sum"] for row in chain.rows()] == [sum_, sum_]
+    assert chain.counts() == {"received": 3, "settling": 3}
+
+
+def large_file(chain: Chain, megabytes: int) -> None:
+    """Make a sparse file."""
+    chain.files.mkdir(exist_ok=True)
+    with open(chain.path("large.dat"), "wb") as file:
+        file.truncate(megabytes << 20)
+
+
+def test_a_large_file_does_not_hold_up_small_ones(chain: Chain, clock: Clock) -> None:
+    large_file(chain, 256)
+    large = md5(bytes(256 << 20))
+    small = chain.write("small.dat", b"small")
+    chain.accept("large.dat")
+    chain.accept("small.dat")
+    chain.step()
+    assert chain.sums() == {"small.dat": small}
+    assert chain.counts() == {"received": 2, "settling": 1, "pending": 1}
+
+    wait_until(chain.step, 30, "the large file is hashed")
+    assert chain.sums() == {"small.dat": small, "large.dat": large}
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 2, "settled": 2}
+
+
+def test_more_than_the_queue_holds_while_a_large_file_is_hashed(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "QUEUE_MAX", 10)
+    in_pool: list[str] = []
+    look = chain.registrar._look_in_pool
+    monkeypatch.setattr(chain.registrar, "_look_in_pool", lambda r: (in_pool.append(r["path"]), look(r)))
+    large_file(chain, 256)
+    sums = {"large.dat": md5(bytes(256 << 20))}
+    chain.accept("large.dat")
+    chain.step()
+    for number in range(15):
+        sums[f"{number}.dat"] = chain.write(f"{number}.dat", b"%d" % number)
+        chain.accept(f"{number}.dat")
+
+    while len(chain.sums()) < len(sums):
+        wait_until(chain.step, 30, "the next files are registered")
+    assert chain.sums() == sums
+    clock.advance(SETTLE_S)
+    while chain.step():
+        pass
+    assert chain.counts() == {"received": 16, "settled": 16}
+    assert in_pool == [str(chain.path("large.dat"))], "hashed once, though the spool handed it out twice"
+
+
+def test_stopping_leaves_a_large_file_for_the_next_run(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    large_file(chain, 4096)
+    chain.accept("large.dat")
+    thread = threading.Thread(target=chain.registrar.run)
+    thread.start()
+    wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("hash")], 5, "it is being hashed")
+    chain.registrar.stop()
+    thread.join(2)
+
+    assert not thread.is_alive()
+    assert chain.counts() == {"received": 1, "pending": 1}
+    large_file(chain, 2)
+    chain.registrar.run(once=True)
+    assert chain.sums() == {"large.dat": md5(bytes(2 << 20))}
+    chain.crash()

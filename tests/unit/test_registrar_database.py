@@ -1,0 +1,142 @@
+"""The registrar and a database, or a spool, that does not take what it is given."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from socs_monitor import spool, suprsync
+from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
+
+
+def test_one_bad_row_does_not_hold_up_the_others(chain: Chain, clock: Clock) -> None:
+    chain.write("0.dat", b"0")
+    chain.accept("0.dat")
+    chain.step()
+    execute(
+        chain.db_path,
+        "CREATE TRIGGER bad BEFORE INSERT ON supersync_v0 WHEN NEW.local_path LIKE '%/bad.dat'"
+        " BEGIN SELECT RAISE(ABORT, 'it is bad'); END",
+    )
+    sums = {name: chain.write(name, name.encode()) for name in ("1.dat", "bad.dat", "2.dat")}
+    for name in sums:
+        chain.accept(name)
+    chain.step()
+
+    assert list(chain.sums()) == ["0.dat", "1.dat", "2.dat"]
+    ((name, reason, refused),) = chain.dead_letters()
+    assert (name, refused) == ("bad.dat", True)
+    assert "it is bad" in reason
+    assert not chain.stats.degraded
+
+    execute(chain.db_path, "DROP TRIGGER bad")
+    chain.registrar.retry()
+    chain.step()
+    assert chain.sums() == {"0.dat": md5(b"0"), **sums}
+
+
+def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, clock: Clock) -> None:
+    chain.write("0.dat", b"0")
+    chain.accept("0.dat")
+    chain.step()
+    said = len(chain.said)
+    with write_lock(chain.db_path):
+        for number in range(1, 5):
+            chain.write(f"{number}.dat", b"%d" % number)
+            chain.accept(f"{number}.dat")
+            assert not chain.step()
+            clock.advance(10)
+        assert chain.stats.degraded
+        assert "another process holds the write lock" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        assert chain.counts() == {"received": 5, "settling": 1, "pending": 4}
+    chain.step()
+    chain.step()
+
+    assert chain.sums() == {f"{number}.dat": md5(b"%d" % number) for number in range(5)}
+    assert not chain.stats.degraded
+    assert [level for level, _ in chain.said[said:]] == ["error", "info", "info", "info"], chain.said[said:]
+
+
+def test_a_locked_database_is_tried_every_one_to_two_seconds(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suprsync, "_BUSY_TIMEOUT_S", 0.0)
+    register = chain.database.register
+    tries: list[float] = []
+    monkeypatch.setattr(chain.database, "register", lambda files: (tries.append(clock.now), register(files)))
+    chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    with write_lock(chain.db_path):
+        for _ in range(600):
+            chain.registrar.step(0.0)
+            clock.advance(0.1)
+    assert tries[1] - tries[0] < 0.2
+    assert all(0.9 < later - earlier < 2.2 for earlier, later in itertools.pairwise(tries[7:]))
+
+
+def test_a_spool_that_fails_after_the_commit_is_told_later(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_BUSY_TIMEOUT_S", 0.05)
+    chain.reopen()
+    chain.step()
+    sum_ = chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    with write_lock(chain.spool_path):
+        chain.accept("b.dat")  # finds the spool locked
+        for _ in range(3):
+            assert not chain.registrar.step(0.0)
+            clock.advance(10)
+        assert chain.sums() == {"a.dat": sum_}
+        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool entries"}
+        assert chain.counts() == {"received": 1, "pending": 1}
+    chain.intake.flush()
+    chain.step()
+
+    assert not chain.stats.degraded
+    assert chain.counts() == {"received": 2, "settled": 1, "waiting": 1}
+    assert chain.sums() == {"a.dat": sum_}
+
+
+@pytest.mark.parametrize("garbage", [b"garbage" * 1000, b"short"])
+def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, clock: Clock, garbage: bytes) -> None:
+    chain.write("0.dat", b"0")
+    chain.accept("0.dat")
+    chain.step()
+    chain.crash()  # a database that is closed has no journal
+    saved = chain.db_path.read_bytes()
+    chain.db_path.unlink()
+    chain.db_path.write_bytes(garbage)
+    chain.open()
+    chain.registrar.begin()
+    sum_ = chain.write("1.dat", b"1")
+    chain.accept("1.dat")
+    for _ in range(3):
+        assert not chain.step()
+        clock.advance(10)
+    assert chain.db_path.read_bytes() == garbage
+    assert "no SQLite database" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
+
+    chain.db_path.unlink()
+    chain.db_path.write_bytes(saved)
+    chain.step()
+    assert chain.sums() == {"0.dat": md5(b"0"), "1.dat": sum_}
+    assert not chain.stats.degraded
+
+
+def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(chain: Chain, clock: Clock) -> None:
+    for name in ("a.dat", "b.dat"):
+        chain.write(name, name.encode())
+        chain.accept(name)
+        chain.step()
+    for path in chain.db_path.parent.glob("suprsync.db*"):
+        path.unlink()
+    chain.write("c.dat", b"c.dat")
+    chain.accept("c.dat")
+    chain.step()
+
+    assert chain.sums() == {name: md5(name.encode()) for name in ("a.dat", "b.dat", "c.dat")}
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 3, "settled": 3}
