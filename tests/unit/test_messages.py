@@ -1,0 +1,260 @@
+"""From a datagram to one typed message or one `MessageError`: nothing else comes out, whatever goes in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from socs_monitor import messages
+from socs_monitor.emulator import Publisher, data_file, g3_file, metadata
+from socs_monitor.messages import DataFile, G3File, Ignored, Message, MessageError, Metadata, SessionMessage
+from tests.strategies import json_values
+
+REASONS = {"empty", "not JSON", "wrong or missing field"}
+FIELD = "wrong or missing field"
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    with contextlib.closing(Publisher("crate1slot2")) as publisher:
+        yield publisher
+
+
+def datagram(kind: str, payload: Any, **changed: Any) -> bytes:
+    envelope = {"host": "h", "id": "crate1slot2", "script": "s", "time": 1.5, "seq_no": 3, "type": kind}
+    return json.dumps({**envelope, "payload": payload, **changed}).encode()
+
+
+def test_a_data_file_message_carries_its_payload_and_the_publishers_id(publisher: Publisher) -> None:
+    payload = data_file("/data/x.npy", file_type="tune", file_format="npy", action="t", action_ts="1700000000")
+    sent = publisher.encode(payload, "data_file")
+
+    message = messages.parse(sent)
+    assert isinstance(message, DataFile)
+    assert message.meta == {**payload, "pub_id": "crate1slot2"}
+    assert message.envelope == json.loads(sent)
+
+
+def test_a_g3_file_message_needs_a_path_only(publisher: Publisher) -> None:
+    message = messages.parse(publisher.encode(g3_file("/a/b/c.g3"), "g3_file"))
+
+    assert isinstance(message, G3File)
+    assert message.meta == {"path": "/a/b/c.g3", "archive_name": "timestreams", "pub_id": "crate1slot2"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"), [("session_data", {"a": [1, None]}), ("session_log", "ü"), ("session_log", "")]
+)
+def test_a_session_message_keeps_its_envelope(kind: str, payload: Any) -> None:
+    sent = datagram(kind, payload, extra=[1])
+
+    assert messages.parse(sent) == SessionMessage(json.loads(sent))
+
+
+@pytest.mark.parametrize(
+    ("pub_id", "stream_id"),
+    [("STREAMER:ufm_mv5", "ufm_mv5"), ("crate1slot2", "crate1slot2"), ("a:b:c", "b:c"), ("STREAMER:", "")],
+)
+def test_metadata_is_of_the_stream_that_follows_the_first_colon(pub_id: str, stream_id: str) -> None:
+    sent = datagram("metadata", metadata("AMCc.x", 1), id=pub_id)
+
+    assert messages.parse(sent) == Metadata(json.loads(sent), stream_id, "AMCc.x", 1, 1.5)
+
+
+@pytest.mark.parametrize("value", [0, -1.5, "", True, None, [1, [2]], {"a": 1}], ids=repr)
+def test_metadata_carries_any_value(value: Any) -> None:
+    message = messages.parse(datagram("metadata", metadata("AMCc.x", value)))
+
+    assert isinstance(message, Metadata)
+    assert (message.value, type(message.value)) == (value, type(value))
+
+
+def test_numbers_that_json_does_not_know_come_as_the_senders_write_them() -> None:
+    message = messages.parse(datagram("metadata", metadata("AMCc.x", math.nan)))
+
+    assert isinstance(message, Metadata)
+    assert isinstance(message.value, float)
+    assert math.isnan(message.value)
+
+
+@pytest.mark.parametrize("kind", ["start", "stop", "log", "backend_error", "general", "of_a_newer_publisher", ""])
+@pytest.mark.parametrize("payload", [{}, None, "text", [1]], ids=repr)
+def test_what_asks_for_nothing_is_ignored(kind: str, payload: Any) -> None:
+    sent = datagram(kind, payload)
+
+    assert messages.parse(sent) == Ignored(json.loads(sent))
+
+
+def test_text_is_taken_as_bytes_are() -> None:
+    for sent in (datagram("data_file", data_file("/data/ü.txt")), datagram("session_log", "ü")):
+        assert messages.parse(sent.decode()) == messages.parse(sent)
+
+
+def test_a_publishers_id_is_the_envelopes_whatever_the_payload_says() -> None:
+    message = messages.parse(datagram("g3_file", {"path": "/x", "pub_id": "forged"}))
+
+    assert isinstance(message, G3File)
+    assert message.meta["pub_id"] == "crate1slot2"
+
+
+@pytest.mark.parametrize(
+    "timestamp", [0, 1700000000, 1700000000.25, "1700000000", "1700000000.25", "5.", -1.5], ids=repr
+)
+@pytest.mark.parametrize(
+    "left_out", [(), ("action", "action_ts"), ("format", "type", "plot", "pysmurf_version")], ids=str
+)
+def test_a_data_file_message_of_any_publisher_is_taken(timestamp: Any, left_out: tuple[str, ...]) -> None:
+    payload = {name: value for name, value in data_file("/x").items() if name not in left_out}
+    message = messages.parse(datagram("data_file", {**payload, "timestamp": timestamp}))
+
+    assert isinstance(message, DataFile)
+    assert message.meta == {**payload, "timestamp": timestamp, "pub_id": "crate1slot2"}
+
+
+WHOLE = data_file("/x", action="a", action_ts="1")
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason", "detail"),
+    [
+        (b"", "empty", ""),
+        ("", "empty", ""),
+        (b" ", "not JSON", ""),
+        (b"{", "not JSON", ""),
+        (b"\xff{}", "not JSON", ""),
+        (b"{} {}", "not JSON", ""),
+        (b'{"id": "\\ud800", "type": "start", "payload": 1}', "not JSON", ""),
+        ("\ud800", "not JSON", ""),
+        (b"[" * 60_000, "not JSON", ""),
+        (b'{"id": ' + b"9" * 5000 + b"}", "not JSON", ""),
+        (b"null", FIELD, "message"),
+        (b"[]", FIELD, "message"),
+        (b"7", FIELD, "message"),
+        (b"{}", FIELD, "id"),
+        (datagram("data_file", WHOLE, id=None), FIELD, "id"),
+        (datagram("data_file", WHOLE, id=7), FIELD, "id"),
+        (datagram("data_file", WHOLE, type=["data_file"]), FIELD, "type"),
+        (b'{"id": "a", "type": "start"}', FIELD, "payload"),
+        (datagram("data_file", None), FIELD, ""),
+        (datagram("data_file", "/x"), FIELD, ""),
+        (datagram("data_file", {}), FIELD, "path"),
+        (datagram("data_file", {**WHOLE, "path": None}), FIELD, "path"),
+        (datagram("data_file", {**WHOLE, "path": 7}), FIELD, "path"),
+        (datagram("data_file", {**WHOLE, "path": ""}), FIELD, "path"),
+        (datagram("data_file", {**WHOLE, "path": "/x\0y"}), FIELD, "path"),
+        (datagram("g3_file", {"path": ""}), FIELD, "path"),
+        (datagram("g3_file", {"archive_name": "timestreams"}), FIELD, "path"),
+        (datagram("g3_file", {"path": "/x", "archive_name": ["timestreams"]}), FIELD, "archive_name"),
+        (datagram("data_file", {**WHOLE, "action": ["a"]}), FIELD, "action"),
+        (datagram("data_file", {**WHOLE, "action_ts": 1.5}), FIELD, "action_ts"),
+        (datagram("data_file", {**WHOLE, "action_ts": True}), FIELD, "action_ts"),
+        (datagram("data_file", {**WHOLE, "format": 1}), FIELD, "format"),
+        (datagram("data_file", {"path": "/x"}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": None}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": True}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": math.nan}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": math.inf}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": 1e12}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": "../.."}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": "1" * 65}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": ""}), FIELD, "timestamp"),
+        (datagram("session_data", "text"), FIELD, "payload"),
+        (datagram("session_data", [{}]), FIELD, "payload"),
+        (datagram("session_log", {}), FIELD, "payload"),
+        (datagram("session_log", None), FIELD, "payload"),
+        (datagram("metadata", None), FIELD, ""),
+        (datagram("metadata", {"value": 1}), FIELD, "path"),
+        (datagram("metadata", {"path": "x"}), FIELD, "value"),
+        (datagram("metadata", {"path": 1, "value": 1}), FIELD, "path"),
+        (datagram("metadata", metadata("x", 1), time=None), FIELD, "time"),
+        (datagram("metadata", metadata("x", 1), time="1.5"), FIELD, "time"),
+        (datagram("metadata", metadata("x", 1), time=math.nan), FIELD, "time"),
+    ],
+    ids=lambda value: repr(value)[-40:],
+)  # fmt: skip
+def test_what_is_no_message_is_refused_with_its_reason(sent: bytes | str, reason: str, detail: str) -> None:
+    with pytest.raises(MessageError) as error:
+        messages.parse(sent)
+
+    assert error.value.reason == reason
+    assert detail in error.value.detail
+    assert str(error.value).startswith(reason)
+
+
+def outcome(sent: bytes | str) -> Message | None:
+    """The message, or None for a refusal in the fixed vocabulary."""
+    refusal = ""
+    try:
+        return messages.parse(sent)
+    except MessageError as error:
+        refusal = error.reason
+    assert refusal in REASONS
+    return None
+
+
+@given(st.binary())
+def test_any_bytes_are_a_message_or_refused(sent: bytes) -> None:
+    outcome(sent)
+
+
+@given(st.text())
+def test_any_text_is_a_message_or_refused(sent: str) -> None:
+    outcome(sent)
+
+
+TYPES = st.sampled_from(["data_file", "g3_file", "session_data", "session_log", "metadata", "start", "x"])
+PAYLOADS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: json_values()
+        for name in ("path", "timestamp", "action", "action_ts", "archive_name", "format", "plot", "value", "pub_id")
+    },
+)
+
+
+@given(
+    kind=TYPES | json_values(),
+    payload=PAYLOADS | json_values(),
+    more=st.dictionaries(st.sampled_from(["id", "time", "x"]), json_values()),
+)
+@example(kind="data_file", payload={**WHOLE, "action_ts": 10**4299}, more={})
+@example(kind="metadata", payload={"path": "x", "value": 10**4299}, more={"time": 10**4299})
+def test_any_json_is_a_message_that_holds_what_was_sent_or_refused(kind: Any, payload: Any, more: Any) -> None:
+    envelope = {"id": "crate1slot2", "type": kind, "payload": payload, **more}
+    message = outcome(json.dumps(envelope))
+
+    if message is not None:
+        assert repr(message.envelope) == repr(envelope)  # as text, since NaN equals nothing
+    if isinstance(message, (DataFile, G3File)):
+        assert repr(message.meta["path"]) == repr(payload["path"])
+        assert message.meta.keys() == {*payload, "pub_id"}
+
+
+@pytest.mark.parametrize(
+    "sent", [datagram("start", {}), datagram("session_log", "x"), datagram("metadata", metadata("x", 1))]
+)
+def test_only_what_registers_a_file_is_one_to_the_spool(sent: bytes) -> None:
+    with pytest.raises(MessageError, match="no registration"):
+        messages.parse_file(sent)
+
+
+@pytest.mark.parametrize("payload", [data_file("/data/ü x.txt", action="a", action_ts=1), g3_file("/a/b/c.g3")])
+def test_metadata_of_a_file_goes_to_a_datagram_and_back(payload: dict[str, Any]) -> None:
+    meta = {**payload, "pub_id": "crate1slot2"}
+
+    assert messages.parse_file(messages.encode_file(meta)).meta == meta
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"path": "/x"}, {**WHOLE, "pub_id": 1}, {**WHOLE, "pub_id": "a", "x": {1}}, [], None]
+)
+def test_what_is_no_metadata_of_a_file_has_no_datagram(meta: Any) -> None:
+    with pytest.raises(MessageError):
+        messages.encode_file(meta)
