@@ -7,7 +7,6 @@ second; OCS itself flushes such a buffer only with the next message, so `Feeds` 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from ocs.ocs_feed import Feed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
+from socs_monitor.fields import FieldError, Streams
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
 
@@ -44,6 +44,7 @@ class Feeds:
         self._stats = stats
         self._clock = clock
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
+        self._streams = Streams(Feed.enforce_field_name_rules, stats.warn)
         self._recorded: dict[str, Any] = {}
         agent.register_feed(SESSION_FEED)
 
@@ -59,31 +60,31 @@ class Feeds:
         self._backlog.append((self._clock(), message.envelope))
         if len(self._backlog) > BACKLOG_MAX:
             self._backlog.popleft()
-            self._stats.unpublished["session messages"] += 1
+            self._stats.unpublished["session messages: no router"] += 1
         self._publish_backlog()
 
     def _publish_backlog(self) -> None:
         while self._backlog and self._router_joined():
             since, envelope = self._backlog.popleft()
             if self._clock() - since > BACKLOG_AGE_S:
-                self._stats.unpublished["session messages"] += 1
+                self._stats.unpublished["session messages: no router"] += 1
             else:
                 self._agent.publish_to_feed(SESSION_FEED, envelope, from_reactor=True)
 
     def metadata(self, message: Metadata) -> None:
         """Publish the value of a register on its stream's feed; without a router it is dropped, and counted."""
-        value = message.value
-        if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-            self._stats.unpublished["metadata of a type that no feed takes"] += 1
-            return
         if not self._router_joined():
-            self._stats.unpublished["metadata without a router"] += 1
+            self._stats.unpublished["metadata: no router"] += 1
+            return
+        try:
+            name, value = self._streams.field(message.stream_id, message.path, message.value, message.time)
+        except FieldError as error:
+            self._stats.unpublished[f"metadata: {error.reason}"] += 1
             return
         feed_name = f"{message.stream_id}_meta"
         if feed_name not in self._recorded:
             self._recorded[feed_name] = self._agent.register_feed(feed_name, record=True, buffer_time=BUFFER_S)
-        field = Feed.enforce_field_name_rules(message.path)
-        block = {"block_name": field, "timestamp": message.time, "data": {field: value}}
+        block = {"block_name": name, "timestamp": message.time, "data": {name: value}}
         self._agent.publish_to_feed(feed_name, block, from_reactor=True)
 
     def flush(self) -> None:
