@@ -40,7 +40,8 @@ def follow(agent: Agent, *others: Process) -> None:
 
 def main() -> int:
     """Run until Ctrl-C (or SIGTERM) and return the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):  # SIGINT too, since a shell's background jobs begin with it ignored
+        signal.signal(each, signal.default_int_handler)
     problem = None
     if not CROSSBAR.exists():
         problem = "The router is not installed: start this with `make run`, which installs it."

@@ -39,7 +39,8 @@ REALM = "test_realm"
 
 T = TypeVar("T")
 
-# The kernel kills the process when its parent dies: even a test run that is killed leaves nothing behind.
+# The kernel kills the process when its parent (to be exact: the thread that started it) dies: even a test run that is
+# killed leaves nothing behind.
 _WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
