@@ -222,7 +222,7 @@ class SmurfServer:
     """A SMuRF server: writes files in the real directory layout and announces them as its publishers do.
 
     Args:
-        root: Folder that stands for ``/data``.
+        root: Folder that stands for ``/data``; two servers that start in the same second must not share one.
         address: Host and UDP port of the monitor.
         streams: Number of streams (slots); each has a pysmurf and a streamer publisher.
         sizes: Sizes of the files by kind, bytes; kinds that are not in it have the size that `SIZES` says.
