@@ -1,0 +1,416 @@
+"""The one way rows get into the SupRsync database: idempotent, all or none, by the rule for overwritten files."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from socs_monitor.archive import Entry
+from socs_monitor.suprsync import (
+    Database,
+    DatabaseUnavailableError,
+    HashedFile,
+    Row,
+    RowRefusedError,
+    merge,
+)
+from tests.chain import execute, write_lock
+from tests.harness import rows
+
+OLD, NEW = "0" * 32, "1" * 32
+INDEX = "ix_supersync_v0_local_path"
+
+
+def entry(path: str = "/data/x", action: str = "a") -> Entry:
+    return Entry("smurf", path, f"17000/slot2/{action}/outputs/{os.path.basename(path)}", deletable=True)
+
+
+def file(md5: str = NEW, path: str = "/data/x", action: str = "a") -> HashedFile:
+    return HashedFile(entry(path, action), md5)
+
+
+class Ticks:
+    """Unix time that is another at every look."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+Open = Callable[..., Database]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def db_path(tmp_path: Path) -> str:
+    return str(tmp_path / "suprsync.db")
+
+
+@pytest.fixture
+def open_database(db_path: str, said: list[str]) -> Iterator[Open]:
+    opened: list[Database] = []
+
+    def open_it(**changed: Any) -> Database:
+        options = {"create_table": True, "echo": False, "report": said.append, "clock": Ticks()}
+        opened.append(Database(db_path, **{**options, **changed}))
+        return opened[-1]
+
+    yield open_it
+    for database in opened:
+        database.close()
+
+
+def sums(path: str) -> list[tuple[str, str]]:
+    return [(row["remote_path"].split("/")[2], row["local_md5sum"]) for row in rows(path)]
+
+
+# --- merge, the rule
+
+
+def row(id_: int, md5: str = OLD, remote: str | None = None, removed: float | None = None, action: str = "a") -> Row:
+    return Row(id_, *entry(action=action)[:3], 5.0, md5, remote, removed)
+
+
+@pytest.mark.parametrize(
+    ("known", "outcome"),
+    [
+        ([], ([], None, True)),
+        # the key's own row: left alone if it says so already, made new in place otherwise
+        ([row(1, NEW)], ([], None, False)),
+        ([row(1, NEW, remote=NEW)], ([], None, False)),
+        ([row(1, NEW, remote=OLD)], ([], None, False)),
+        ([row(1, NEW, remote=NEW, removed=9.0)], ([], 1, False)),
+        ([row(1, OLD)], ([], 1, False)),
+        ([row(1, OLD, remote=OLD)], ([], 1, False)),
+        ([row(1, OLD, remote=OLD, removed=9.0)], ([], 1, False)),
+        ([row(1, OLD, remote=OLD, removed=0.0)], ([], 1, False)),
+        # rows of other keys: what is copied stays, what is not could never be copied, and takes the new sum
+        ([row(1, action="b")], ([1], None, True)),
+        ([row(1, OLD, remote=NEW, action="b")], ([1], None, True)),
+        ([row(1, OLD, remote=OLD, action="b")], ([], None, True)),
+        ([row(1, OLD, remote=OLD, removed=9.0, action="b")], ([], None, True)),
+        ([row(1, action="b"), row(2, NEW)], ([1], None, False)),
+        ([row(1, action="b"), row(2, action="c"), row(3, OLD)], ([1, 2], 3, False)),
+        ([row(1, action="b"), row(2, OLD, remote=OLD, action="c")], ([1], None, True)),
+        # rows of one key, as the published agent leaves them
+        ([row(1, OLD), row(2, NEW)], ([1], None, False)),
+        ([row(1, OLD), row(2, OLD)], ([1], 2, False)),
+        ([row(1, OLD, remote=OLD), row(2, OLD)], ([], 2, False)),
+    ],
+)
+def test_content_goes_in_among_the_rows_of_its_path_by_the_rule(
+    known: list[Row], outcome: tuple[list[int], int | None, bool]
+) -> None:
+    assert merge(known, file(NEW)) == outcome
+
+
+def apply(known: list[Row], wanted: HashedFile) -> list[Row]:
+    """The rows after a merge, in memory."""
+    retaken, reset, inserted = merge(known, wanted)
+    after = []
+    for each in known:
+        if each.id == reset:
+            each = each._replace(local_md5sum=wanted.md5, remote_md5sum=None, removed=None)
+        elif each.id in retaken:
+            each = each._replace(local_md5sum=wanted.md5)
+        after.append(each)
+    if inserted:
+        after.append(Row(len(known) + 1, *wanted.entry[:3], 5.0, wanted.md5, None, None))
+    return after
+
+
+KNOWN = st.lists(
+    st.tuples(st.sampled_from([OLD, NEW]), st.sampled_from([None, OLD, NEW]), st.sampled_from([None, 0.0, 9.0]),
+              st.sampled_from("abc")),
+    max_size=6,
+).map(lambda drawn: [row(number, *fields) for number, fields in enumerate(drawn, 1)])  # fmt: skip
+
+
+@given(known=KNOWN)
+def test_after_a_merge_nothing_can_hold_suprsync_back_and_another_changes_nothing(known: list[Row]) -> None:
+    after = apply(known, file(NEW))
+
+    assert all(each.local_md5sum in (NEW, each.remote_md5sum) for each in after)
+    own = [each for each in after if each.is_of(entry())]
+    assert any(each.local_md5sum == NEW and each.removed is None for each in own)
+    assert len(after) - len(known) == (not any(each.is_of(entry()) for each in known))
+    archived = [each for each in known if each.local_md5sum == each.remote_md5sum and not each.is_of(entry())]
+    assert [each for each in after if each in archived] == archived
+    assert apply(after, file(NEW)) == after
+
+
+# --- register
+
+
+def test_a_row_is_new_in_every_column(open_database: Open, db_path: str) -> None:
+    open_database().register([file(NEW)])
+
+    assert rows(db_path) == [
+        {
+            "id": 1, "local_path": "/data/x", "local_md5sum": NEW, "archive_name": "smurf",
+            "remote_path": "17000/slot2/a/outputs/x", "timestamp": 1_700_000_001.0, "remote_md5sum": None,
+            "copied": None, "removed": None, "failed_copy_attempts": 0, "deletable": 1, "ignore": 0,
+        }
+    ]  # fmt: skip
+
+
+def test_a_row_that_is_overwritten_is_reset_in_place(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD)])
+    execute(
+        db_path, "UPDATE supersync_v0 SET remote_md5sum = ?, copied = 7, removed = 8, failed_copy_attempts = 3", OLD
+    )
+    new = rows(db_path)[0]
+    database.register([file(NEW)])
+
+    reset = {"remote_md5sum": None, "copied": None, "removed": None, "failed_copy_attempts": 0}
+    assert rows(db_path) == [{**new, "local_md5sum": NEW, "timestamp": new["timestamp"] + 1, **reset}]
+
+
+def test_a_row_that_waits_for_its_copy_takes_the_new_sum_and_new_attempts(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD, action="a")])
+    execute(db_path, "UPDATE supersync_v0 SET remote_md5sum = 'of a failed copy', copied = 7, failed_copy_attempts = 3")
+    (waiting,) = rows(db_path)
+    database.register([file(NEW, action="b")])
+
+    first, second = rows(db_path)
+    assert first == {**waiting, "local_md5sum": NEW, "failed_copy_attempts": 0}
+    assert (second["local_md5sum"], second["timestamp"]) == (NEW, waiting["timestamp"] + 1)
+
+
+def test_paths_that_come_twice_in_a_batch_end_as_the_last_one_says(open_database: Open, db_path: str) -> None:
+    other = file(OLD, path="/data/y")
+    open_database().register([file(OLD), file(OLD, action="b"), other, file(NEW), file(NEW, action="c"), file(NEW)])
+
+    last = {(each["local_path"], each["remote_path"].split("/")[2]): each["local_md5sum"] for each in rows(db_path)}
+    assert last == {("/data/x", "a"): NEW, ("/data/x", "b"): NEW, ("/data/x", "c"): NEW, ("/data/y", "a"): OLD}
+    assert len(rows(db_path)) == 4
+
+
+BATCHES = st.lists(
+    st.lists(
+        st.builds(
+            file, md5=st.sampled_from([OLD, NEW]), path=st.sampled_from(["/x", "/y"]), action=st.sampled_from("ab")
+        ),
+        max_size=4,
+    ),
+    max_size=4,
+)
+
+
+@given(
+    batches=BATCHES,
+    last=st.lists(st.builds(file, md5=st.sampled_from([OLD, NEW]), action=st.sampled_from("ab")), max_size=1),
+)
+@settings(max_examples=60, deadline=None)
+def test_registering_again_changes_nothing(batches: list[list[HashedFile]], last: list[HashedFile]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "suprsync.db")
+        database = Database(path, create_table=True, echo=False, report=print, clock=Ticks())
+        for batch in [*batches, last]:
+            database.register(batch)
+        before = rows(path)
+        database.register(last)
+        database.close()
+
+        assert rows(path) == before
+        keys = {wanted.entry[:3] for batch in [*batches, last] for wanted in batch}
+        assert len(before) == len(keys), "a key has more than one row"
+
+
+def test_a_batch_may_be_large(open_database: Open, db_path: str) -> None:
+    batch = [file(NEW, path=f"/data/{number}") for number in range(3000)]
+    open_database().register(batch)
+
+    assert [each["local_path"] for each in rows(db_path)] == [wanted.entry.local_path for wanted in batch]
+
+
+def test_the_time_of_a_row_is_taken_under_the_write_lock(open_database: Open, db_path: str) -> None:
+    looks: list[str] = []
+
+    def clock() -> float:
+        with pytest.raises(sqlite3.OperationalError, match="locked"), sqlite3.connect(db_path, timeout=0) as other:
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+        looks.append("locked")
+        return 12.5
+
+    open_database(clock=clock).register([file()])
+
+    assert looks
+    assert [each["timestamp"] for each in rows(db_path)] == [12.5]
+
+
+def test_a_row_that_the_database_refuses_takes_the_batch_with_it(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([])
+    execute(
+        db_path,
+        "CREATE TRIGGER refuse BEFORE INSERT ON supersync_v0 WHEN NEW.local_path = '/data/bad'"
+        " BEGIN SELECT RAISE(ABORT, 'not this one'); END",
+    )
+    with pytest.raises(RowRefusedError, match="not this one"):
+        database.register([file(), file(path="/data/bad")])
+    assert rows(db_path) == []
+
+    database.register([file()])
+    assert len(rows(db_path)) == 1
+
+
+# --- the file
+
+
+def test_a_locked_database_is_unavailable_for_now(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD)])
+    with write_lock(db_path):
+        begin = time.monotonic()
+        with pytest.raises(DatabaseUnavailableError, match=r"database is locked; another process holds the write lock"):
+            database.register([file(NEW)])
+        assert time.monotonic() - begin < 2, "a stop would be held up"
+        assert [each.local_md5sum for each in database.rows(["/data/x"])["/data/x"]] == [OLD]
+
+    database.register([file(NEW)])
+    assert sums(db_path) == [("a", NEW)]
+
+
+def test_what_is_no_database_is_left_as_it_is(open_database: Open, db_path: str) -> None:
+    Path(db_path).write_bytes(b"not a database" * 1000)
+    with pytest.raises(DatabaseUnavailableError, match="it is no SQLite database: move it away"):
+        open_database().register([file()])
+
+    assert Path(db_path).read_bytes() == b"not a database" * 1000
+
+
+def test_a_path_that_cannot_be_a_database_is_unavailable(open_database: Open, db_path: str, tmp_path: Path) -> None:
+    Path(db_path).mkdir()
+    with pytest.raises(DatabaseUnavailableError, match=db_path):
+        open_database().register([file()])
+    (tmp_path / "file").touch()
+    below = Database(str(tmp_path / "file" / "x.db"), create_table=True, echo=False, report=print)
+    with pytest.raises(DatabaseUnavailableError, match="cannot be made"):
+        below.register([file()])
+
+
+def test_a_database_is_made_with_its_folder_where_it_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "suprsync.db"
+    database = Database(str(path), create_table=True, echo=False, report=print)
+    database.register([file()])
+    database.close()
+
+    assert len(rows(path)) == 1
+
+
+@pytest.mark.parametrize(("made", "reason"), [(False, "does not exist"), (True, "has no table supersync_v0")])
+def test_tables_are_made_only_where_that_is_asked_for(
+    open_database: Open, db_path: str, made: bool, reason: str
+) -> None:
+    if made:
+        execute(db_path, "CREATE TABLE of_somebody (x)")
+    database = open_database(create_table=False)
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailableError, match=f"{reason}: start the agent with --create-table True"):
+            database.register([file()])
+    assert os.path.exists(db_path) == made
+
+    open_database().register([])
+    database.register([file()])
+    assert len(rows(db_path)) == 1
+
+
+def test_the_tables_are_the_published_ones(open_database: Open, db_path: str) -> None:
+    open_database().register([])
+
+    def columns(table: str) -> list[str]:
+        return [
+            f"{name} {kind}{' not null' * notnull}{' key' * key}"
+            for _, name, kind, notnull, _, key in execute(db_path, f"PRAGMA table_info({table})")
+        ]
+
+    assert columns("supersync_v0") == [
+        "id INTEGER not null key", "local_path VARCHAR not null", "local_md5sum VARCHAR not null",
+        "archive_name VARCHAR not null", "remote_path VARCHAR not null", "timestamp FLOAT not null",
+        "remote_md5sum VARCHAR", "copied FLOAT", "removed FLOAT", "failed_copy_attempts INTEGER",
+        "deletable BOOLEAN", "ignore BOOLEAN",
+    ]  # fmt: skip
+    assert columns("timecode_dirs_v0") == [
+        "id INTEGER not null key", "timecode INTEGER not null", "archive_name VARCHAR not null",
+        "completed BOOLEAN", "synced BOOLEAN", "finalized BOOLEAN", "finalize_file_id INTEGER",
+    ]  # fmt: skip
+    assert [key[2:5] for key in execute(db_path, "PRAGMA foreign_key_list(timecode_dirs_v0)")] == [
+        ("supersync_v0", "finalize_file_id", "id")
+    ]
+    assert execute(db_path, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_the_index_is_made_once_in_a_database_that_lacks_it(open_database: Open, db_path: str, said: list[str]) -> None:
+    first = open_database()
+    first.register([file()])
+    first.close()
+    assert said == []
+    execute(db_path, f"DROP INDEX {INDEX}")
+
+    for _ in range(2):
+        database = open_database(create_table=False)
+        database.register([file()])
+        database.close()
+    assert len(said) == 1
+    assert f"made the index {INDEX}" in said[0]
+    assert execute(db_path, "SELECT tbl_name FROM sqlite_master WHERE name = ?", INDEX) == [("supersync_v0",)]
+
+
+def test_a_database_that_is_replaced_is_noticed(open_database: Open, db_path: str, said: list[str]) -> None:
+    database = open_database()
+    database.register([file(OLD)])
+    before = database.identity
+    for suffix in ("", "-wal", "-shm"):
+        os.rename(db_path + suffix, db_path + ".old" + suffix)
+    database.register([file(NEW)])
+
+    assert sums(db_path) == [("a", NEW)]
+    assert sums(db_path + ".old") == [("a", OLD)]
+    assert database.identity not in (None, before)
+    assert said == [f"the database {db_path} was moved away or replaced: opened anew"]
+
+
+def test_a_database_that_is_replaced_while_it_is_written_has_not_taken_the_rows(
+    open_database: Open, db_path: str
+) -> None:
+    def clock() -> float:
+        if not os.path.exists(db_path + ".old"):
+            os.rename(db_path, db_path + ".old")
+        return 1.0
+
+    database = open_database(clock=clock)
+    with pytest.raises(DatabaseUnavailableError, match="was replaced while it was written"):
+        database.register([file()])
+    database.register([file()])
+
+    assert sums(db_path) == [("a", NEW)]
+
+
+def test_rows_are_found_by_path(open_database: Open) -> None:
+    database = open_database()
+    database.register([file(path="/data/x"), file(path="/data/y")])
+    database.register([file(path="/data/y", action="b")])
+
+    found = database.rows(["/data/y", "/data/%", "/none", "/data/y"])
+    assert {path: [each.id for each in known] for path, known in found.items()} == {"/data/y": [2, 3]}
+    assert found["/data/y"][1] == Row(3, *entry("/data/y", "b")[:3], found["/data/y"][1].timestamp, NEW, None, None)
