@@ -228,7 +228,7 @@ class SmurfServer:
         sizes: Sizes of the files by kind, bytes; kinds that are not in it have the size that `SIZES` says.
         seen_as: Where the monitor sees `root`, if elsewhere (in its container): sent paths begin with this.
         smurf_data: Folder of pysmurf's files below `root`. Empty, the dated folders lie in `root` itself: in a root
-            of two components (``/tmp/x``) the files then count as deletable, as they do on a real server.
+            of two components (``/mnt/smurf``) the files then count as deletable, as they do on a real server.
     """
 
     def __init__(
