@@ -246,6 +246,9 @@ class Registrar:
         """Look again at files that were registered; settle those that stayed as they were, take up the others."""
         now = self._clock()
         settled: list[Registration] = []
+        if self._settling and self._settling[0][0] <= now and self._database.is_replaced():
+            self._unwritten.extend(batch for _, _, batch in self._settling)
+            self._settling.clear()
         while self._settling and self._settling[0][0] <= now:
             for registration, entry, known in heapq.heappop(self._settling)[2]:
                 try:

@@ -205,6 +205,10 @@ class Database:
             os.close(self._pin)
             self._pin = self.identity = None
 
+    def is_replaced(self) -> bool:
+        """Whether another file, or none, has taken the place of the one in use."""
+        return _identity(self.path) != self.identity
+
     def register(self, files: Sequence[HashedFile]) -> None:
         """Register files in one short transaction, all or none; registering again changes nothing.
 
