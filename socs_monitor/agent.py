@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import ipaddress
 import os
 import queue
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import txaio
@@ -32,7 +34,7 @@ from socs_monitor.intake import Intake
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
 from socs_monitor.registrar import Registrar
-from socs_monitor.spool import Incoming, Spool, SpoolError
+from socs_monitor.spool import MAX_BYTES, Incoming, Spool, SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError
 
@@ -88,12 +90,14 @@ class PysmurfMonitor(DatagramProtocol):
         self._receiver: udp.Receiver | None = None
         self._stats = Stats(self._say)
         self._feeds = Feeds(agent, self._stats)
+        self._is_allowed = _membership(getattr(args, "allow_sender", ()))
 
     # The spool is opened when it is first needed, so that a monitor made by hand touches no disk before.
 
     @functools.cached_property
     def _spool(self) -> Spool:
-        return Spool(options.spool_path(self._args), self._stats.warn)
+        size = getattr(self._args, "spool_size", MAX_BYTES)
+        return Spool(options.spool_path(self._args), self._stats.warn, size)
 
     @functools.cached_property
     def _intake(self) -> Intake:
@@ -118,13 +122,31 @@ class PysmurfMonitor(DatagramProtocol):
         """
         self._intake.start()
         self._registrar  # noqa: B018 (made here, since two threads use it)
-        self._receiver = udp.listen(reactor, self._args.udp_port, self)
+        self._receiver = self._listen()
         self._feeds.start(reactor)
         LoopingCall(self._show).start(_SHOW_INTERVAL_S)
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
         # without a router OCS stops no session, and the reactor would wait for the thread of `run`
         reactor.addSystemEventTrigger("before", "shutdown", self._registrar.stop)
         reactor.addSystemEventTrigger("after", "shutdown", self._intake.close)
+
+    def _listen(self) -> udp.Receiver:
+        args = self._args
+        receiver = udp.Receiver(
+            args.udp_port, self, args.udp_host, reactor, buffer=args.udp_buffer, report=self._stats.warn
+        )
+        receiver.startListening()  # type: ignore[no-untyped-call]
+        if receiver.buffer < args.udp_buffer:
+            self._stats.warn(
+                f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {args.udp_buffer}: a burst"
+                f" may be lost. On the host: sysctl -w net.core.rmem_max={args.udp_buffer}"
+            )
+        if not args.data_root:
+            self._stats.warn(
+                "no --data-root: any file that a sender names is registered, and SupRsync may delete it. Name the"
+                " folders in which files are written, e.g. --data-root /data"
+            )
+        return receiver
 
     def datagramReceived(self, _data: bytes | str, addr: tuple[str, int]) -> None:
         """Take one datagram. Called whenever UDP data is received.
@@ -135,15 +157,21 @@ class PysmurfMonitor(DatagramProtocol):
         """
         stats = self._stats
         stats.bytes += len(_data)
+        if not self._is_allowed(addr[0]):
+            stats.useless("sender not allowed", addr[0])
+            return
         try:
             message = messages.parse(_data)
         except MessageError as error:
-            stats.malformed[error.reason] += 1
+            stats.useless(error.reason, addr[0])
             return
-        stats.datagrams[message.envelope["type"]] += 1
+        kind = message.envelope["type"]
+        stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
             text = _data if isinstance(_data, str) else _data.decode()
             self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", text))
+        elif self._intake.overloaded:
+            stats.unpublished["overload"] += 1
         elif isinstance(message, SessionMessage):
             self._feeds.session(message)
         elif isinstance(message, Metadata):
@@ -334,14 +362,43 @@ class PysmurfMonitor(DatagramProtocol):
         self.log.debug("{text}", text=text)
 
 
+def _membership(networks: Sequence[options.Network]) -> Callable[[str], bool]:
+    """Return whether an address is in one of `networks`; any is where there are none."""
+    if not networks:
+        return lambda _: True
+
+    @functools.lru_cache(maxsize=4096)
+    def is_member(host: str) -> bool:
+        address = ipaddress.ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address  # as a socket for both kinds sees IPv4
+        return any(address in network for network in networks)
+
+    return is_member
+
+
 def parse_args(args: list[str] | None) -> argparse.Namespace:
     """Parse the command line together with the site config, as OCS does, but with this agent's defaults."""
     parser = make_parser()
     parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
     parsed: argparse.Namespace = site_config.parse_args(agent_class="PysmurfMonitor", parser=parser, args=args)
+    _, host, instance = site_config.get_config(parsed, "PysmurfMonitor")
+    in_site = [
+        str(word)
+        for argument in instance.arguments
+        for word in (argument if isinstance(argument, list) else [argument])
+    ]
+    given = sys.argv[1:] if args is None else args
+    for name, option, of_type in (
+        ("data_root", "--data-root", str),
+        ("allow_sender", "--allow-sender", options.network),
+    ):
+        setattr(
+            parsed,
+            name,
+            [of_type(value) for value in options.repeated(given, option) or options.repeated(in_site, option)],
+        )
     if parsed.crossbar_timeout == _NOT_GIVEN:
         # OCS's default lets the agent exit 10 s after losing the router; files do not need one
-        _, host, _ = site_config.get_config(parsed, "*host*")
         parsed.crossbar_timeout = host.data.get("crossbar_timeout", _WAIT_FOR_EVER)
     return parsed
 

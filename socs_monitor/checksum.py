@@ -50,7 +50,12 @@ class Checksum(NamedTuple):
 
 @contextlib.contextmanager
 def _opened(path: str, roots: Sequence[str]) -> Iterator[tuple[int, os.stat_result]]:
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        if roots and not _is_below(os.path.realpath(path), roots):
+            raise FileRefusedError(f"{path} is outside of the data roots {', '.join(roots)}") from None
+        raise
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):

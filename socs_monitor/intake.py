@@ -23,6 +23,9 @@ from socs_monitor.stats import Stats
 # Registrations on the queue at the most; about 1 KiB of memory each.
 QUEUE_MAX = 10_000
 
+# Bytes of registrations kept in memory while the spool cannot be written; above half of that other traffic is shed.
+INBOX_MAX = 64 * 1024 * 1024
+
 # Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
 BATCH = 500
 
@@ -33,6 +36,8 @@ GATHER_S = 0.015
 
 _SYNC_INTERVAL_S = 1.0
 _RETRY_S = 1.0
+
+_IN_MEMORY = "What arrives is kept in memory until it works again, and refused when that is full, too"
 
 Meta = dict[str, Any]
 
@@ -55,6 +60,7 @@ class Intake:
         self._stats = stats
         self._clock = clock
         self._inbox: list[tuple[Meta, Incoming]] = []
+        self._inbox_bytes = 0
         self._inbox_filled = threading.Condition()
         self._flushing = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -83,10 +89,19 @@ class Intake:
         self.flush()
         self._spool.close()
 
+    @property
+    def overloaded(self) -> bool:
+        """Whether registrations pile up in memory, so that what is no registration should give way."""
+        return self._inbox_bytes > INBOX_MAX // 2
+
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool."""
         with self._inbox_filled:
+            if self._inbox_bytes > INBOX_MAX:
+                self._stats.refused["spool"] += 1
+                return
             self._inbox.append((meta, incoming))
+            self._inbox_bytes += len(incoming.message)
             if self._threads:
                 if len(self._inbox) == 1:
                     self._inbox_filled.notify()
@@ -101,12 +116,14 @@ class Intake:
                 return
             with self._inbox_filled:
                 self._inbox = []
+                taken, self._inbox_bytes = self._inbox_bytes, 0
             try:
                 self._enqueue(self._accept(batch))
-            except SpoolError as error:
+            except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
                 with self._inbox_filled:
                     self._inbox[:0] = batch
-                self._stats.trouble("spool", f"{error}. What arrives is kept in memory only, until it works again")
+                    self._inbox_bytes += taken
+                self._stats.trouble("spool", f"{error}. {_IN_MEMORY}")
             else:
                 self._stats.cured("spool", "the spool can be written again")
 

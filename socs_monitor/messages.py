@@ -19,6 +19,7 @@ JSON = dict[str, Any]
 
 FILE_TYPES = frozenset({"data_file", "g3_file"})
 SESSION_TYPES = frozenset({"session_data", "session_log"})
+TYPES = FILE_TYPES | SESSION_TYPES | {"metadata", "start", "stop", "log", "backend_error", "general"}
 
 
 class MessageError(ValueError):

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
 
+from socs_monitor import spool
 from socs_monitor.registrar import Policy
+from socs_monitor.udp import BUFFER
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 INSTANCE = "pysmurf-monitor"
 DB_PATH = "/data/so/databases/suprsync.db"
@@ -16,6 +24,14 @@ def _boolean(text: str) -> bool:
         return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False (also yes/no, 1/0)") from None
+
+
+def network(text: str) -> Network:
+    """Parse addresses as ``--allow-sender`` takes them."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: write e.g. 10.0.0.0/24, 10.0.0.5 or fd00::/8") from None
 
 
 def _seconds(text: str) -> float:
@@ -65,7 +81,65 @@ def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argum
         help="How long a missing or unreadable file is looked for before its registration becomes a dead letter."
         " Default: %(default)s",
     )
+    group.add_argument(
+        "--spool-size",
+        type=int,
+        default=spool.MAX_BYTES,
+        metavar="BYTES",
+        help="Size up to which the spool takes registrations. Default: %(default)s",
+    )
+    group.add_argument(
+        "--hash-workers",
+        type=int,
+        default=Policy.hash_workers,
+        metavar="N",
+        help="Number of large files hashed at a time. Default: %(default)s",
+    )
+    group.add_argument(
+        "--data-root",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="Folder in which files may lie; what resolves to a place outside is refused. May be repeated. Without it"
+        " any file that a sender names is registered, and SupRsync may delete it.",
+    )
+    group.add_argument(
+        "--udp-host",
+        default="",
+        metavar="ADDRESS",
+        help="Address of the interface to listen on, IPv4 or IPv6 (:: for all of both). Default: all of IPv4",
+    )
+    group.add_argument(
+        "--allow-sender",
+        nargs="+",
+        action="extend",
+        type=network,
+        default=[],
+        metavar="CIDR",
+        help="Addresses from which datagrams are taken, e.g. 10.0.0.0/24; others are dropped and counted. May be"
+        " repeated. Default: all",
+    )
+    group.add_argument(
+        "--udp-buffer",
+        type=int,
+        default=BUFFER,
+        metavar="BYTES",
+        help="Receive buffer to ask the kernel for. Default: %(default)s",
+    )
     return parser
+
+
+def repeated(words: Sequence[str], option: str) -> list[str]:
+    """Return the values of every `option` among command line words: OCS itself keeps only the last one's."""
+    values: list[str] = []
+    of_option = False
+    for word in words:
+        if word.startswith("--"):
+            of_option = word == option
+        elif of_option:
+            values.append(word)
+    return values
 
 
 def spool_path(args: argparse.Namespace) -> str:
@@ -76,4 +150,8 @@ def spool_path(args: argparse.Namespace) -> str:
 
 def policy(args: argparse.Namespace) -> Policy:
     """How files are treated."""
-    return Policy(give_up_after=getattr(args, "give_up_after", Policy.give_up_after))
+    return Policy(
+        data_roots=tuple(os.path.realpath(root) for root in getattr(args, "data_root", ())),
+        hash_workers=getattr(args, "hash_workers", Policy.hash_workers),
+        give_up_after=getattr(args, "give_up_after", Policy.give_up_after),
+    )

@@ -56,6 +56,9 @@ RECEIVED = "received"
 # A dead letter is for a person to read; more than these nobody reads, and a hostile sender can make any number.
 MAX_DEAD = 10_000
 
+# Bytes that registrations may take: about a million of them.
+MAX_BYTES = 1 << 30
+
 # The journal's size (pages of 4 KiB) at which accepting itself moves it to the file: a backstop, since under a
 # load that never pauses the checkpoints of `sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
@@ -87,6 +90,10 @@ class SpoolError(Exception):
 
 class SpoolBusyError(SpoolError):
     """Another process has this spool open."""
+
+
+class SpoolFullError(SpoolError):
+    """The spool has its size; nothing more is accepted until something leaves it."""
 
 
 class Incoming(NamedTuple):
@@ -156,14 +163,16 @@ class Spool:
     Args:
         path: The file; its folder is made where it is missing.
         report: Called with a line for a person where something was set aside or dropped.
+        max_bytes: Size up to which registrations are accepted.
 
     Raises:
         SpoolBusyError: If another process holds the spool.
         SpoolError: If the file cannot be made or opened.
     """
 
-    def __init__(self, path: str, report: Callable[[str], None]) -> None:
+    def __init__(self, path: str, report: Callable[[str], None], max_bytes: int = MAX_BYTES) -> None:
         self.path = path
+        self.max_bytes = max_bytes
         self._report = report
         self._lock = threading.Lock()
         self._unsynced = threading.Event()
@@ -210,9 +219,12 @@ class Spool:
         """Put registrations into the spool, all or none, and return their ids, in order.
 
         Raises:
+            SpoolFullError: If the spool has its size.
             SpoolError: If they could not be written.
         """
         with self._writing() as db:
+            if self._bytes() > self.max_bytes and self._make_room(db) > self.max_bytes:
+                raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
             db.executemany("INSERT INTO registrations (received, sender, message) VALUES (?, ?, ?)", batch)
             (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
             self._changes.update({PENDING: len(batch), RECEIVED: len(batch)})
@@ -314,6 +326,24 @@ class Spool:
                 self._unsynced.set()
                 raise SpoolError(f"cannot sync the spool {self.path}: {error}") from error
 
+    @property
+    def bytes(self) -> int:
+        """Size of what is in it."""
+        with self._reading():
+            return self._bytes()
+
+    def _bytes(self) -> int:
+        pages, free, size = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def _make_room(self, db: sqlite3.Connection) -> int:
+        """Drop refused registrations, and return the size then: anybody can send those."""
+        dropped = db.execute("DELETE FROM registrations WHERE state = 'dead' AND refused = 1").rowcount
+        self._changes.update({DEAD: -dropped, DISCARDED: dropped})
+        return self._bytes()
+
     def _drop(self, statement: str, *parameters: object) -> int:
         with self._writing() as db:
             dropped = db.execute(statement, parameters).rowcount
@@ -344,7 +374,7 @@ class Spool:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
                 db.execute("COMMIT")
-            except sqlite3.Error:
+            except (sqlite3.Error, SpoolFullError):
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise

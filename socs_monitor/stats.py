@@ -11,6 +11,13 @@ from typing import Any
 MAX_PROBLEMS = 20
 
 
+# Seconds for which datagrams that are no use are gathered into one line of the log.
+DIGEST_S = 60.0
+
+# Senders told apart in such a line.
+_SENDERS_MAX = 1000
+
+
 class Stats:
     """Counters, and the conditions under which files do not get through. Safe to update from any thread.
 
@@ -22,6 +29,7 @@ class Stats:
         datagrams (Counter): Number of datagrams by message type.
         bytes (int): Their bytes.
         malformed (Counter): Number of datagrams that were no message, by reason.
+        refused (Counter): Number of registrations that could not even be taken in, by reason.
         unpublished (Counter): Number of messages that reached no feed, by kind.
         last_file (str): Path of the file that was registered last.
     """
@@ -34,6 +42,10 @@ class Stats:
         self.datagrams: Counter[str] = Counter()
         self.bytes = 0
         self.malformed: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._digest: Counter[str] = Counter()
+        self._digest_senders: Counter[str] = Counter()
+        self._digested = 0.0
         self.unpublished: Counter[str] = Counter()
         self.last_file = ""
 
@@ -52,6 +64,26 @@ class Stats:
         """Note that `condition` no longer holds; `text` is logged if it did."""
         if self._conditions.pop(condition, None) is not None:
             self._say("info", text)
+
+    def useless(self, reason: str, sender: str) -> None:
+        """Count a datagram of host `sender` that is no message; the log gets one line a minute about them."""
+        self.malformed[reason] += 1
+        self._digest[reason] += 1
+        if sender in self._digest_senders or len(self._digest_senders) < _SENDERS_MAX:
+            self._digest_senders[sender] += 1
+        self.digest()
+
+    def digest(self) -> None:
+        """Log what useless datagrams there were, if the last such line is old enough."""
+        now = self._clock()
+        if not self._digest or now - self._digested < DIGEST_S:
+            return
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self._digest.most_common())
+        senders = ", ".join(f"{sender}: {count}" for sender, count in self._digest_senders.most_common(5))
+        self._say("warn", f"{self._digest.total()} datagrams were dropped ({reasons}); most came from {senders}")
+        self._digest.clear()
+        self._digest_senders.clear()
+        self._digested = now
 
     def problem(self, level: str, text: str) -> None:
         """Log a line and keep it among the last problems."""
@@ -74,6 +106,7 @@ class Stats:
             "degraded": dict(self._conditions),
             "datagrams": {"total": self.datagrams.total(), "bytes": self.bytes, "by_type": dict(self.datagrams)},
             "malformed": dict(self.malformed),
+            "refused": dict(self.refused),
             "unpublished": dict(self.unpublished),
             "files": {
                 "received": counts["received"],

@@ -3,34 +3,66 @@
 from __future__ import annotations
 
 import socket
+import traceback
+from collections.abc import Callable
 
 from twisted.internet import udp
+from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IReactorCore
 from twisted.internet.protocol import DatagramProtocol
 
 # The largest datagram there can be; Twisted's default cuts them at 8,192 bytes.
 MAX_DATAGRAM = 65_535
 
-# Receive buffer asked for (bytes): a burst of some 20,000 registrations.
+# Receive buffer asked for by default (bytes): a burst of some 20,000 registrations.
 BUFFER = 32 * 1024 * 1024
 
 # Datagrams read before the reactor turns to other things. Twisted counts bytes, and so empty ones not at all.
 _AT_A_TIME = 256
 
+_REBIND_S = 1.0
+
 _SO_RCVBUFFORCE = 33  # Linux: goes past rmem_max where the process may; Python has no name for it
 
 
 class Receiver(udp.Port):
-    """A listening UDP port. Attribute `buffer` is the receive buffer that the kernel granted (bytes)."""
+    """A listening UDP port that an error does not close for good.
 
-    buffer = 0
+    Args:
+        port: UDP port.
+        protocol: Gets what arrives.
+        interface: Address of the interface to listen on, IPv4 or IPv6; empty for all of IPv4.
+        reactor: The reactor.
+        buffer: Receive buffer to ask for, bytes.
+        report: Called with a line for a person.
+
+    Attributes:
+        buffer (int): The receive buffer that the kernel granted (bytes).
+        rebinds (int): How often the port was bound again after an error.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        protocol: DatagramProtocol,
+        interface: str,
+        reactor: IReactorCore,
+        *,
+        buffer: int,
+        report: Callable[[str], None],
+    ) -> None:
+        super().__init__(port, protocol, interface, MAX_DATAGRAM, reactor)  # type: ignore[no-untyped-call]
+        self._asked = buffer
+        self._report = report
+        self.buffer = 0
+        self.rebinds = 0
 
     def createInternetSocket(self) -> socket.socket:
         """Make the socket, with the buffer."""
         sock: socket.socket = super().createInternetSocket()
         for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
             try:
-                sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+                sock.setsockopt(socket.SOL_SOCKET, option, self._asked)
                 break
             except PermissionError:
                 continue
@@ -40,7 +72,24 @@ class Receiver(udp.Port):
 
     def doRead(self) -> None:
         """Read what has arrived, up to a number of datagrams."""
-        self._read(_AT_A_TIME)
+        try:
+            self._read(_AT_A_TIME)
+        except OSError as error:
+            self._report(f"the UDP port {self._realPortNumber} failed: {error}; binding it again")
+            self.port = self._realPortNumber
+            self.stopReading()  # type: ignore[no-untyped-call]
+            self.socket.close()
+            self._rebind()
+
+    def _rebind(self) -> None:
+        try:
+            self._bindSocket()  # type: ignore[no-untyped-call]
+        except CannotListenError as error:
+            self._report(f"{error}. No datagram arrives; trying again every {_REBIND_S:.0f} s")
+            self.reactor.callLater(_REBIND_S, self._rebind)
+        else:
+            self.rebinds += 1
+            self.startReading()  # type: ignore[no-untyped-call]
 
     def drain(self) -> None:
         """Read all that has arrived."""
@@ -55,16 +104,8 @@ class Receiver(udp.Port):
                 data, addr = receive(MAX_DATAGRAM)
             except (BlockingIOError, InterruptedError, ConnectionRefusedError):
                 return False
-            deliver(data, addr[:2])
+            try:
+                deliver(data, addr[:2])
+            except Exception:  # noqa: BLE001 (Twisted would close the port, and nobody would notice)
+                self._report(f"unforeseen error at a datagram from {addr[0]}, dropped: {traceback.format_exc()}")
         return True
-
-
-def listen(reactor: IReactorCore, port: int, protocol: DatagramProtocol, interface: str = "") -> Receiver:
-    """Bind a UDP port and deliver what arrives to `protocol`.
-
-    Raises:
-        twisted.internet.error.CannotListenError: If the port cannot be bound.
-    """
-    receiver = Receiver(port, protocol, interface, MAX_DATAGRAM, reactor)  # type: ignore[no-untyped-call]
-    receiver.startListening()  # type: ignore[no-untyped-call]
-    return receiver
