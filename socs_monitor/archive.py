@@ -72,6 +72,7 @@ def create_remote_path(meta: Meta, archive_name: str) -> str:
             os.path.basename(path),
         ]
     elif archive_name == TIMESTREAMS:
+        _check_component(os.path.basename(path))  # which normpath would hide
         parts = os.path.normpath(path).split("/")[-3:]
         if len(parts) < 3:
             raise ArchiveError(f"timestream path {path!r} has fewer than three components")

@@ -22,7 +22,7 @@ SESSION_TYPES = frozenset({"session_data", "session_log"})
 TYPES = FILE_TYPES | SESSION_TYPES | {"metadata", "start", "stop", "log", "backend_error", "general"}
 
 
-class MessageError(ValueError):
+class MessageError(Exception):
     """The datagram is no message of the wire format.
 
     Attributes:
@@ -140,7 +140,7 @@ def parse(datagram: bytes | str) -> Message:
     except ValidationError as error:  # before ValueError, whose subclass it is
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise MessageError("wrong or missing field", f"{_where(first['loc'])}: {first['msg']}") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter for text that is no Unicode
         raise MessageError("not JSON", str(error)) from None
     return Ignored(envelope)
 
@@ -201,7 +201,7 @@ def _metadata(envelope: JSON) -> Metadata:
 
 def _is_time(value: object) -> bool:
     if isinstance(value, str):
-        return _NUMBER.fullmatch(value, 0, 64) is not None
+        return len(value) <= 64 and _NUMBER.fullmatch(value) is not None
     return isinstance(value, (int, float)) and abs(value) < 1e12  # no NaN is below anything
 
 
