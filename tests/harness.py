@@ -36,6 +36,7 @@ PEER_BIN = ENVS / "socs" / "bin"
 OWN_BIN = Path(sys.executable).parent
 SITE_CONFIG = ROOT / "site-config.example.yaml"
 REALM = "test_realm"
+DOCUMENTED = ("--udp-port", "--create-table", "--db-path", "--echo-sql", "--test-mode")
 
 T = TypeVar("T")
 
@@ -289,7 +290,12 @@ class Router(Process):
 
 
 def write_site_config(
-    path: Path, router: Router, udp_port: int, db_path: Path, options: Sequence[Sequence[Any]] = ()
+    path: Path,
+    router: Router,
+    udp_port: int,
+    db_path: Path,
+    options: Sequence[Sequence[Any]] = (),
+    published: bool = False,
 ) -> None:
     """Write the example site config with another router, port and database.
 
@@ -299,12 +305,15 @@ def write_site_config(
         udp_port: For ``--udp-port``.
         db_path: For ``--db-path``.
         options: Further options of the agent, as a site config has them: ``[["--create-table", False]]``.
+        published: Leave out the options that the published agent does not know.
     """
     config = yaml.safe_load(SITE_CONFIG.read_text())
     config["hub"] |= {"wamp_server": router.ws_url, "wamp_http": router.http_url}
     instance = config["hosts"]["localhost"]["agent-instances"][0]
-    ours = [["--udp-port", udp_port], ["--db-path", str(db_path)], *options]
-    instance["arguments"] = list({option[0]: [*option] for option in [*instance["arguments"], *ours]}.values())
+    # files lie in scratch folders, which may be anywhere
+    ours = [["--data-root", "/"], ["--udp-port", udp_port], ["--db-path", str(db_path)], *options]
+    merged = {option[0]: [*option] for option in [*instance["arguments"], *ours]}
+    instance["arguments"] = [option for option in merged.values() if not published or option[0] in DOCUMENTED]
     path.write_text(yaml.safe_dump(config))
 
 
@@ -340,7 +349,7 @@ class Agent(Process):
         self.udp_port = free_udp_port() if udp_port is None else udp_port
         self.db_path = folder / "suprsync.db" if db_path is None else db_path
         self.site_config = folder / "site-config.yaml"
-        write_site_config(self.site_config, router, self.udp_port, self.db_path, options)
+        write_site_config(self.site_config, router, self.udp_port, self.db_path, options, bin_dir == PEER_BIN)
         command = [require(bin_dir / "ocs-agent-cli")]
         coverage = sys.modules.get("coverage")
         if bin_dir == OWN_BIN and coverage is not None and coverage.Coverage.current() is not None:
