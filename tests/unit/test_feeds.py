@@ -1,0 +1,264 @@
+"""What reaches the feeds, in which order, and what becomes of it while the router is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock as ReactorClock
+
+from socs_monitor import feeds as feeds_module
+from socs_monitor.feeds import BACKLOG_AGE_S, BACKLOG_MAX, Feeds
+from socs_monitor.messages import Metadata, SessionMessage
+from socs_monitor.stats import Stats
+from tests.chain import Clock
+
+NO_ROUTER = "session messages: no router"
+
+
+class RecordedFeed:
+    """Buffers as OCS's feed does: the first sample starts the buffer, a flush publishes and empties it."""
+
+    def __init__(self) -> None:
+        self.buffer_start_time: float | None = None
+        self.buffer: list[dict[str, Any]] = []
+        self.published: list[list[dict[str, Any]]] = []
+
+    def take(self, block: dict[str, Any]) -> None:
+        self.buffer.append(block)
+        self.buffer_start_time = 1.0
+
+    def flush_buffer(self) -> None:
+        self.published.append(self.buffer)
+        self.buffer = []
+
+
+class Agent:
+    """Records what an OCSAgent would publish."""
+
+    def __init__(self) -> None:
+        self.realm_joined = True
+        self.registered: list[tuple[str, dict[str, Any]]] = []
+        self.session_messages: list[Any] = []
+        self.recorded: dict[str, RecordedFeed] = {}
+        self._ready: list[Callable[..., None]] = []
+
+    def register_feed(self, name: str, **options: Any) -> RecordedFeed:
+        self.registered.append((name, options))
+        self.recorded[name] = RecordedFeed()
+        return self.recorded[name]
+
+    def publish_to_feed(self, name: str, message: Any, from_reactor: bool) -> None:
+        assert from_reactor
+        assert self.realm_joined, "published without a router"
+        if name == feeds_module.SESSION_FEED:
+            self.session_messages.append(message)
+        else:
+            self.recorded[name].take(message)
+
+    def on(self, event: str, handler: Callable[..., None]) -> None:
+        assert event == "ready"
+        self._ready.append(handler)
+
+    def leave(self) -> None:
+        self.realm_joined = False
+
+    def join(self) -> None:
+        self.realm_joined = True
+        for handler in self._ready:
+            handler(self)
+
+
+class Bench:
+    """Feeds over such an agent; `reactor` drives the timer, `clock` is unix time."""
+
+    def __init__(self) -> None:
+        self.agent = Agent()
+        self.stats = Stats(lambda _level, _text: None)
+        self.clock = Clock()
+        self.reactor = ReactorClock()
+        self.feeds = Feeds(self.agent, self.stats, self.clock)
+        self.feeds.start(self.reactor)
+
+    def session(self, number: int) -> None:
+        self.feeds.session(SessionMessage({"id": "a", "type": "session_log", "payload": str(number)}))
+
+    def numbers(self) -> list[int]:
+        return [int(envelope["payload"]) for envelope in self.agent.session_messages]
+
+    def metadata(self, value: object, stream_id: str = "s1", path: str = "AMCc.x", time: float = 5.0) -> None:
+        self.feeds.metadata(Metadata({}, stream_id, path, value, time))
+
+    def published(self, name: str = "s1_meta") -> list[list[Any]]:
+        """Values in each message of a recorded feed."""
+        feed = self.agent.recorded[name]
+        return [[value for block in blocks for value in block["data"].values()] for blocks in feed.published]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_the_session_feed_is_there_from_the_start_and_not_recorded(bench: Bench) -> None:
+    assert bench.agent.registered == [("pysmurf_session_data", {})]
+
+
+def test_a_session_message_is_published_at_once_and_as_it_came(bench: Bench) -> None:
+    envelope = {"id": "a", "type": "session_data", "payload": {"x": [None, 1]}, "of a newer publisher": 1}
+    bench.feeds.session(SessionMessage(envelope))
+
+    assert bench.agent.session_messages == [envelope]
+    assert bench.agent.session_messages[0] is envelope
+
+
+def test_session_messages_wait_for_the_router_in_order(bench: Bench) -> None:
+    bench.session(0)
+    bench.agent.leave()
+    bench.session(1)
+    bench.session(2)
+    assert bench.numbers() == [0]
+    bench.agent.join()
+    bench.session(3)
+
+    assert bench.numbers() == [0, 1, 2, 3]
+    assert not bench.stats.unpublished
+
+
+def test_a_message_that_comes_before_the_backlog_was_published_does_not_overtake_it(bench: Bench) -> None:
+    bench.agent.leave()
+    bench.session(1)
+    bench.agent.realm_joined = True  # OCS has joined, but not yet said "ready"
+    bench.session(2)
+
+    assert bench.numbers() == [1, 2]
+
+
+def test_of_too_many_waiting_session_messages_the_oldest_are_dropped_and_counted(bench: Bench) -> None:
+    bench.agent.leave()
+    for number in range(BACKLOG_MAX + 3):
+        bench.session(number)
+    bench.agent.join()
+
+    assert bench.numbers() == list(range(3, 1003))
+    assert bench.stats.unpublished == {NO_ROUTER: 3}
+
+
+def test_session_messages_that_are_too_old_are_dropped_and_counted(bench: Bench) -> None:
+    bench.agent.leave()
+    bench.session(0)
+    bench.clock.advance(1)
+    bench.session(1)
+    bench.clock.advance(300)
+    bench.session(2)
+    bench.agent.join()
+
+    assert BACKLOG_AGE_S == 300
+    assert bench.numbers() == [1, 2], "a message may be 300 s old, no more"
+    assert bench.stats.unpublished == {NO_ROUTER: 1}
+
+
+def test_a_router_that_goes_while_the_backlog_is_published_finds_the_rest_waiting(bench: Bench) -> None:
+    bench.agent.leave()
+    for number in range(4):
+        bench.session(number)
+    publish = bench.agent.publish_to_feed
+
+    def publish_two(*args: Any, **options: Any) -> None:
+        publish(*args, **options)
+        bench.agent.realm_joined = len(bench.agent.session_messages) != 2
+
+    bench.agent.publish_to_feed = publish_two  # type: ignore[method-assign]
+    bench.agent.join()
+    assert bench.numbers() == [0, 1]
+    bench.agent.join()
+    assert bench.numbers() == [0, 1, 2, 3]
+
+
+def test_a_register_is_one_block_with_one_field_on_its_streams_recorded_feed(bench: Bench) -> None:
+    bench.metadata(1, path="AMCc.SmurfProcessor.SOStream.open_g3stream", time=1700000000.5)
+
+    assert bench.agent.registered[1:] == [("s1_meta", {"record": True, "buffer_time": 1})]
+    name = "AMCcSmurfProcessorSOStreamopen_g3stream"
+    assert bench.agent.recorded["s1_meta"].buffer == [
+        {"block_name": name, "timestamp": 1700000000.5, "data": {name: 1}}
+    ]
+
+
+def test_each_stream_has_one_feed_however_many_messages_come(bench: Bench) -> None:
+    for number in range(3):
+        bench.metadata(number, "s1")
+        bench.metadata(number, "s2")
+
+    assert [name for name, _ in bench.agent.registered] == ["pysmurf_session_data", "s1_meta", "s2_meta"]
+
+
+def test_recorded_values_are_published_within_a_second_without_further_ones(bench: Bench) -> None:
+    bench.metadata(1)
+    bench.metadata(2)
+    assert bench.published() == []
+    bench.reactor.advance(1)
+    assert bench.published() == [[1, 2]]
+    bench.metadata(3)
+    bench.reactor.advance(1)
+    assert bench.published() == [[1, 2], [3]]
+
+
+def test_empty_buffers_publish_nothing(bench: Bench) -> None:
+    bench.metadata(1)
+    for _ in range(5):
+        bench.reactor.advance(1)
+
+    assert bench.published() == [[1]]
+
+
+def test_all_streams_are_flushed(bench: Bench) -> None:
+    bench.metadata(1, "s1")
+    bench.metadata(2, "s2")
+    bench.feeds.flush()
+
+    assert (bench.published("s1_meta"), bench.published("s2_meta")) == ([[1]], [[2]])
+
+
+def test_without_a_router_metadata_is_dropped_and_counted(bench: Bench) -> None:
+    bench.metadata(1)
+    bench.agent.leave()
+    bench.metadata(2)
+    bench.metadata(3, stream_id="not seen before")
+    bench.agent.join()
+    bench.metadata(4)
+    bench.feeds.flush()
+
+    assert bench.published() == [[1, 4]]
+    assert bench.stats.unpublished == {"metadata: no router": 2}
+
+
+def test_a_buffer_that_has_values_when_the_router_goes_is_published_when_it_is_back(bench: Bench) -> None:
+    bench.metadata(1)
+    bench.agent.leave()
+    bench.reactor.advance(5)
+    assert bench.published() == []
+    bench.agent.join()
+    bench.reactor.advance(1)
+
+    assert bench.published() == [[1]]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 2**70], ids=repr)
+def test_a_value_that_no_reader_survives_is_counted_and_the_others_go_on(bench: Bench, value: object) -> None:
+    bench.metadata(1.5)
+    bench.metadata(value)
+    bench.metadata(2.5)
+    bench.reactor.advance(1)
+
+    assert bench.published() == [[1.5, 2.5]]
+    assert bench.stats.unpublished.total() == 1
+    assert all(reason.startswith("metadata: ") for reason in bench.stats.unpublished)
+
+
+def test_a_stream_with_unusable_values_only_gets_no_feed(bench: Bench) -> None:
+    bench.metadata(None, "s9")
+    bench.metadata(1, "no name/for a feed")
+
+    assert [name for name, _ in bench.agent.registered] == ["pysmurf_session_data"]
