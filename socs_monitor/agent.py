@@ -42,6 +42,8 @@ __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
 
 reactor: Any = _reactor  # a module to the type checker, the reactor's interfaces in truth
 
+_LOG_LEVEL = os.environ.get("LOGLEVEL", "info")  # as for all agents
+
 # Seconds between two updates of session.data.
 _SHOW_INTERVAL_S = 1.0
 
@@ -111,7 +113,8 @@ class PysmurfMonitor(DatagramProtocol):
             echo=self.echo_sql,
             report=self._stats.warn,
         )
-        return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), self._debug)
+        debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
+        return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), debug)
 
     def start(self) -> None:
         """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
@@ -214,6 +217,7 @@ class PysmurfMonitor(DatagramProtocol):
         once = bool((params or {}).get("test_mode")) or bool(getattr(self._args, "test_mode", False))
         self._session = session
         self.running = True
+        self._show()
         try:
             if once:
                 self._take_all()
@@ -418,7 +422,7 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
     parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's
-    txaio.start_logging(level=os.environ.get("LOGLEVEL", "info"))  # type: ignore[attr-defined]
+    txaio.start_logging(level=_LOG_LEVEL)  # type: ignore[attr-defined]
     agent, runner = ocs_agent.init_site_agent(parsed)
     agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
     monitor = PysmurfMonitor(agent, parsed)

@@ -7,11 +7,10 @@ reading) goes through that descriptor. What is checked is what is hashed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Read at a time. Large enough that the interpreter lock is held for little of the time, small enough that a stop
@@ -48,8 +47,7 @@ class Checksum(NamedTuple):
     fingerprint: Fingerprint
 
 
-@contextlib.contextmanager
-def _opened(path: str, roots: Sequence[str]) -> Iterator[tuple[int, os.stat_result]]:
+def _open(path: str, roots: Sequence[str]) -> tuple[int, os.stat_result]:
     try:
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -63,13 +61,9 @@ def _opened(path: str, roots: Sequence[str]) -> Iterator[tuple[int, os.stat_resu
         alias = f"/proc/self/fd/{handle}"
         if roots and not _is_below(target := os.readlink(alias), roots):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
-        file = os.open(alias, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(alias, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), status
     finally:
         os.close(handle)
-    try:
-        yield file, status
-    finally:
-        os.close(file)
 
 
 def _is_below(path: str, roots: Sequence[str]) -> bool:
@@ -106,14 +100,23 @@ def checksum(
         StoppedError: If `stopped` said so.
         OSError: If the file is missing or cannot be read.
     """
-    with _opened(path, roots) as (file, status):
-        if at_most is not None and status.st_size > at_most:
+    file, status = _open(path, roots)
+    try:
+        size = status.st_size
+        if at_most is not None and size > at_most:
             return None
-        if status.st_size > _CHUNK:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        if size < _CHUNK:
+            # one byte more than there should be: getting fewer tells that this was all
+            content = os.read(file, size + 1)
+            if len(content) <= size:
+                return Checksum(hashlib.md5(content, usedforsecurity=False).hexdigest(), Fingerprint.of(status))
+            os.lseek(file, 0, os.SEEK_SET)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         digest = hashlib.md5(usedforsecurity=False)
         while chunk := os.read(file, _CHUNK):
             digest.update(chunk)
-            if len(chunk) == _CHUNK and stopped():
+            if stopped():
                 raise StoppedError(path)
-    return Checksum(digest.hexdigest(), Fingerprint.of(status))
+        return Checksum(digest.hexdigest(), Fingerprint.of(status))
+    finally:
+        os.close(file)

@@ -81,7 +81,7 @@ class Registrar:
         database: Where they go.
         stats: Learns of files and of trouble.
         policy: How files are treated.
-        debug: Called with a line for each file.
+        debug: Called with a line for each file; None where nobody reads that.
         clock: Gives unix time.
     """
 
@@ -92,7 +92,7 @@ class Registrar:
         database: Database,
         stats: Stats,
         policy: Policy,
-        debug: Callable[[str], None],
+        debug: Callable[[str], None] | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._intake = intake
@@ -405,10 +405,9 @@ class Registrar:
         last = batch[-1].entry.local_path
         self._stats.last_file = last
         self._stats.info(f"registered {len(batch)} files, the last one {last}")
-        for hashed in batch:
-            self._debug(
-                f"registered {hashed.entry.local_path} as {hashed.entry.archive_name}:{hashed.entry.remote_path}"
-            )
+        if self._debug is not None:
+            for _, entry, found in batch:
+                self._debug(f"registered {entry.local_path} ({found.md5}) as {entry.archive_name}:{entry.remote_path}")
         if self._database.identity != self._database_identity:
             # another file than before: what was committed to that one is not in this one
             if self._database_identity is not None:
