@@ -180,19 +180,24 @@ class Intake:
             if registrations:
                 self._cursor = registrations[-1].id
         foreign = [item for item in items if not isinstance(item, Registration)]
-        if foreign:
+        try:
             self._adopt(foreign)
+        except SpoolError:
+            with self._queue.mutex:
+                self._queue.queue.extendleft(reversed([*registrations, *foreign]))
+            raise
         return registrations or (self.take(0.0) if foreign else [])
 
     def _adopt(self, metas: list[Meta]) -> None:
-        """Accept what somebody else put on the queue."""
-        for meta in metas:
+        """Accept what somebody else put on the queue; what is accepted is no longer in `metas`."""
+        while metas:
             try:
-                message = messages.encode_file(meta)
+                incoming = Incoming(self._clock(), "file_queue", messages.encode_file(metas[0]))
             except messages.MessageError as error:
                 self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
             else:
-                self._enqueue(self._accept([(meta, Incoming(self._clock(), "file_queue", message))]))
+                self._enqueue(self._accept([(metas[0], incoming)]))
+            del metas[0]
 
     def wake(self) -> None:
         """Make `take` return."""
