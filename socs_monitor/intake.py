@@ -180,13 +180,15 @@ class Intake:
             if registrations:
                 self._cursor = registrations[-1].id
         foreign = [item for item in items if not isinstance(item, Registration)]
+        if not foreign:
+            return registrations
         try:
             self._adopt(foreign)
         except SpoolError:
             with self._queue.mutex:
                 self._queue.queue.extendleft(reversed([*registrations, *foreign]))
             raise
-        return registrations or (self.take(0.0) if foreign else [])
+        return registrations or self.take(0.0)
 
     def _adopt(self, metas: list[Meta]) -> None:
         """Accept what somebody else put on the queue; what is accepted is no longer in `metas`."""
