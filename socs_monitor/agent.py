@@ -11,14 +11,13 @@ import functools
 import ipaddress
 import os
 import queue
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import txaio
-from ocs import ocs_agent, site_config
+from ocs import ocs_agent
 from twisted.internet import reactor as _reactor
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, DeferredList
@@ -28,15 +27,16 @@ from twisted.internet.task import LoopingCall
 
 from socs_monitor import messages, options, udp
 from socs_monitor.archive import create_remote_path
-from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.feeds import Feeds
 from socs_monitor.intake import Intake
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
 from socs_monitor.registrar import Registrar
+from socs_monitor.siteconfig import parse_args
 from socs_monitor.spool import MAX_BYTES, Incoming, Spool, SpoolError
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync import Database, DatabaseUnavailableError
+from socs_monitor.suprsync import Database
+from socs_monitor.tasks import Tasks
 
 __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
 
@@ -52,9 +52,6 @@ _RESTART_S = 5.0
 
 # Seconds that operations may take to stop at the end of the process.
 _END_S = 3.0
-
-_WAIT_FOR_EVER = 0
-_NOT_GIVEN = -1
 
 
 class PysmurfMonitor(DatagramProtocol):
@@ -124,7 +121,7 @@ class PysmurfMonitor(DatagramProtocol):
             twisted.internet.error.CannotListenError: If the port cannot be bound.
         """
         self._intake.start()
-        self._registrar  # noqa: B018 (made here, since two threads use it)
+        Tasks(self._spool, self._intake, self._registrar, self._stats, self.db_path).register(self.agent)
         self._receiver = self._listen()
         self._feeds.start(reactor)
         LoopingCall(self._show).start(_SHOW_INTERVAL_S)
@@ -253,107 +250,6 @@ class PysmurfMonitor(DatagramProtocol):
         session.set_status("stopping")
         return True, "Done monitoring."
 
-    @ocs_agent.param("limit", default=100, type=int, check=lambda limit: 0 < limit <= 100)  # type: ignore[untyped-decorator]
-    def list_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
-        """list_failed(limit=100)
-
-        **Task** - List the dead letters: registrations whose file could not be registered, oldest first.
-
-        Parameters:
-            limit (int, optional): How many to list at the most, up to 100. Default is 100.
-
-        Notes:
-            The session data holds them, with ``total`` the number of all there are::
-
-                >>> response.session['data']
-                {'timestamp': 1700000000.5, 'total': 1,
-                 'failed': [{'id': 17, 'received': 1699990000.2, 'sender': '10.0.0.5:45678',
-                             'path': '/data/so/timestreams/16999/crate1slot2/1699989000_001.g3',
-                             'reason': '...: No such file or directory, given up after 1 h',
-                             'refused': False, 'attempts': 68}]}
-
-            ``refused`` ones can never become a row as they are; the others may be tried again (`retry_failed`).
-        """
-        total = self._spool.counts["dead"]
-        failed = [letter.summary() for letter in self._spool.dead(limit=params["limit"])]
-        session.data = {"timestamp": time.time(), "total": total, "failed": failed}
-        return True, f"{total} dead letters, {len(failed)} listed."
-
-    @ocs_agent.param("ids", default=None)  # type: ignore[untyped-decorator]
-    def retry_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
-        """retry_failed(ids=None)
-
-        **Task** - Try dead letters again, as if they had just arrived.
-
-        Parameters:
-            ids (list of int, optional): Which ones, by the ids of `list_failed`. Default is all.
-        """
-        return self._revise("tried again", self._registrar.retry, params["ids"])
-
-    @ocs_agent.param("ids", default=None)  # type: ignore[untyped-decorator]
-    def discard_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
-        """discard_failed(ids=None)
-
-        **Task** - Forget dead letters for good. Their files stay where they are, and nobody will copy them.
-
-        Parameters:
-            ids (list of int, optional): Which ones, by the ids of `list_failed`. Default is all.
-        """
-        return self._revise("discarded", self._spool.discard, params["ids"])
-
-    def _revise(
-        self, what: str, operation: Callable[[list[int] | None], int], ids: list[int] | None
-    ) -> tuple[bool, str]:
-        if ids is not None and not (isinstance(ids, list) and all(type(id_) is int for id_ in ids)):
-            return False, f"ids is to be a list of whole numbers, not {ids!r}."
-        try:
-            changed = operation(ids)
-        except SpoolError as error:
-            return False, str(error)
-        missing = 0 if ids is None else len(set(ids)) - changed
-        message = f"{changed} dead letters {what}" + (f", {missing} ids are no dead letters." if missing else ".")
-        self._stats.info(message)
-        return not missing, message
-
-    @ocs_agent.param("root", type=str)  # type: ignore[untyped-decorator]
-    @ocs_agent.param("dry_run", default=False, type=bool)  # type: ignore[untyped-decorator]
-    def backfill(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
-        """backfill(root, dry_run=False)
-
-        **Task** - Register timestream files that no row names: the agent was down, or a datagram was lost.
-
-        Files that changed within the last two minutes are left alone, since the streamer may still write them.
-        May be repeated at will.
-
-        Parameters:
-            root (str): Folder of the timestreams, e.g. ``/data/so/timestreams``.
-            dry_run (bool, optional): Only say what would be registered. Default is False.
-
-        Notes:
-            The session data tells of the progress, and lists the first 20 files that no row names::
-
-                >>> response.session['data']
-                {'timestamp': 1700000000.5, 'seen': 90000, 'unregistered': 2, 'dry_run': True,
-                 'paths': ['/data/so/timestreams/16999/crate1slot2/1699989000_001.g3',
-                           '/data/so/timestreams/16999/crate1slot2/1699989000_002.g3']}
-        """
-        root, dry_run = params["root"], params["dry_run"]
-
-        def show(progress: dict[str, Any]) -> None:
-            session.data = {**progress, "dry_run": dry_run}
-
-        scan = Scan(root, self.db_path, show)
-        try:
-            for path in scan:
-                if not dry_run:
-                    self._intake.put(*registration_of(path))
-        except (OSError, DatabaseUnavailableError) as error:
-            return False, f"backfill of {root}: {error}"
-        verb = "would be" if dry_run else "are being"
-        message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
-        self._stats.info(f"backfill of {root}: {message}")
-        return True, message
-
     def _show(self) -> None:
         if self._session is not None:
             self._session.data = self._stats.data(self._spool.counts)
@@ -380,33 +276,6 @@ def _membership(networks: Sequence[options.Network]) -> Callable[[str], bool]:
     return is_member
 
 
-def parse_args(args: list[str] | None) -> argparse.Namespace:
-    """Parse the command line together with the site config, as OCS does, but with this agent's defaults."""
-    parser = make_parser()
-    parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
-    parsed: argparse.Namespace = site_config.parse_args(agent_class="PysmurfMonitor", parser=parser, args=args)
-    _, host, instance = site_config.get_config(parsed, "PysmurfMonitor")
-    in_site = [
-        str(word)
-        for argument in instance.arguments
-        for word in (argument if isinstance(argument, list) else [argument])
-    ]
-    given = sys.argv[1:] if args is None else args
-    for name, option, of_type in (
-        ("data_root", "--data-root", str),
-        ("allow_sender", "--allow-sender", options.network),
-    ):
-        setattr(
-            parsed,
-            name,
-            [of_type(value) for value in options.repeated(given, option) or options.repeated(in_site, option)],
-        )
-    if parsed.crossbar_timeout == _NOT_GIVEN:
-        # OCS's default lets the agent exit 10 s after losing the router; files do not need one
-        parsed.crossbar_timeout = host.data.get("crossbar_timeout", _WAIT_FOR_EVER)
-    return parsed
-
-
 def _end_sessions(agent: Any) -> Deferred[Any]:
     """Stop what runs and wait until it has ended, at most `_END_S` seconds.
 
@@ -427,12 +296,6 @@ def main(args: list[str] | None = None) -> None:
     agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
-    agent.register_task("list_failed", monitor.list_failed)
-    # where a site has no access policy, OCS gives everybody level 1 and nobody more
-    guarded = agent.access_config.policy != "none"
-    agent.register_task("retry_failed", monitor.retry_failed, min_privs=2 if guarded else 1)
-    agent.register_task("discard_failed", monitor.discard_failed, min_privs=3 if guarded else 1)
-    agent.register_task("backfill", monitor.backfill, min_privs=2 if guarded else 1)
     try:
         monitor.start()
     except (SpoolError, CannotListenError) as error:

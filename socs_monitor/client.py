@@ -9,7 +9,7 @@ from typing import Any
 from ocs.ocs_client import OCSClient
 
 from socs_monitor import options
-from socs_monitor.agent import parse_args
+from socs_monitor.siteconfig import parse_args
 
 
 class ClientError(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from socs_monitor import spool
-from socs_monitor.registrar import Policy
+from socs_monitor.finder import Policy
 from socs_monitor.udp import BUFFER
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network

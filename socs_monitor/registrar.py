@@ -16,60 +16,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from socs_monitor import archive, crashpoint
-from socs_monitor.archive import ArchiveError
-from socs_monitor.checksum import Checksum, FileRefusedError, Fingerprint, StoppedError, checksum
+from socs_monitor import crashpoint
+from socs_monitor.checksum import Fingerprint, StoppedError
+from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.intake import BATCH, Intake
 from socs_monitor.spool import Failure, Registration, Spool, SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
-
-# Files up to this size (bytes) are hashed at once, in turn; larger ones by the pool, so that no small one waits.
-SMALL = 256 * 1024
-
-# A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
-RETRY_FIRST_S = 0.1
-RETRY_MAX_S = 60.0
 
 # A file that changes again and again is registered again ever more rarely, at the longest after this.
 SETTLE_MAX_S = 60.0
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How files are treated.
-
-    Attributes:
-        data_roots: Absolute, resolved folders; a file outside of all of them is refused. Empty: any file is taken.
-        hash_workers: Number of large files hashed at a time.
-        settle_after: Seconds from the row's commit to the second look at the file.
-        give_up_after: Seconds for which a missing or unreadable file is looked for.
-    """
-
-    data_roots: tuple[str, ...] = ()
-    hash_workers: int = 2
-    settle_after: float = 5.0
-    give_up_after: float = 3600.0
-
-
-class Hashed(NamedTuple):
-    """A registration whose file was found and hashed."""
-
-    registration: Registration
-    entry: archive.Entry
-    checksum: Checksum
-
-
-def retry_delay(attempts: int, give_up_after: float) -> float | None:
-    """Seconds until the next look for a file after `attempts` vain ones before this, None to give up."""
-    delays = [min(RETRY_FIRST_S * 2.0**attempt, RETRY_MAX_S) for attempt in range(attempts + 1)]
-    return delays[-1] if sum(delays[:-1]) < give_up_after else None
 
 
 class Registrar:
@@ -272,7 +233,7 @@ class Registrar:
         failures: list[Failure] = []
         while self._work:
             registration = self._work.popleft()
-            found = self._look(registration, SMALL)
+            found = look(registration, self._policy, SMALL, self._stopping.is_set)
             if isinstance(found, Hashed):
                 hashed.append(found)
             elif isinstance(found, Failure):
@@ -293,26 +254,9 @@ class Registrar:
         if failures:
             self._sort(failures)
 
-    def _look(self, registration: Registration, at_most: int | None) -> Hashed | Failure | None:
-        """Find and hash a registration's file; None if it is larger than `at_most` bytes."""
-        missing: OSError | None = None
-        try:
-            for entry in archive.candidates(registration):
-                try:
-                    found = checksum(entry.local_path, self._policy.data_roots, at_most, self._stopping.is_set)
-                except (FileNotFoundError, NotADirectoryError) as error:
-                    missing = missing or error
-                else:
-                    return Hashed(registration, entry, found) if found else None
-        except (ArchiveError, FileRefusedError) as error:
-            return Failure(registration, str(error), refused=True)
-        except OSError as error:
-            missing = error
-        return Failure(registration, f"{registration['path']}: {missing and missing.strerror}")
-
     def _look_in_pool(self, registration: Registration) -> None:
         try:
-            found = self._look(registration, None)
+            found = look(registration, self._policy, None, self._stopping.is_set)
         except StoppedError:
             return
         if found is not None:
@@ -324,7 +268,7 @@ class Registrar:
         waiting: list[Failure] = []
         dead = [failure for failure in failures if failure.refused]
         absent = [failure for failure in failures if not failure.refused]
-        done = self._archived([failure.registration for failure in absent])
+        done = archived([failure.registration for failure in absent], self._database)
         for failure in absent:
             registration = failure.registration
             if done is not None and registration.id in done:
@@ -359,26 +303,6 @@ class Registrar:
             f"{len(failures)} registrations became dead letters; first: {first.reason}"
             f" (id {first.registration.id}). See the tasks list_failed and retry_failed",
         )
-
-    def _archived(self, registrations: list[Registration]) -> dict[int, Registration] | None:
-        """Those of which a row tells that they were registered, or archived and removed, since they arrived.
-
-        None where the database cannot be asked.
-        """
-        if not registrations:
-            return {}
-        entries = {registration.id: list(archive.candidates(registration)) for registration in registrations}
-        try:
-            rows = self._database.rows(entry.local_path for candidates in entries.values() for entry in candidates)
-        except DatabaseUnavailableError:
-            return None
-        return {
-            registration.id: registration
-            for registration in registrations
-            for entry in entries[registration.id]
-            for row in rows.get(entry.local_path, ())
-            if row.is_of(entry) and max(row.timestamp, row.removed or 0.0) >= registration.received
-        }
 
     def _write(self) -> None:
         """Write the first batch that is unwritten; a row that the database refuses does not hold up the others."""

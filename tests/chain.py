@@ -19,8 +19,9 @@ from typing import Any
 
 from socs_monitor import messages
 from socs_monitor.emulator import data_file
+from socs_monitor.finder import Policy
 from socs_monitor.intake import Intake
-from socs_monitor.registrar import Policy, Registrar
+from socs_monitor.registrar import Registrar
 from socs_monitor.spool import STATES, Incoming, Spool
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import Database

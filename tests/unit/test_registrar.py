@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import intake, registrar
-from socs_monitor.registrar import retry_delay
+from socs_monitor import intake
+from socs_monitor.finder import SMALL, retry_delay
 from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
 
@@ -52,7 +52,7 @@ def test_what_the_spool_holds_comes_first_and_in_order(chain: Chain) -> None:
 
 def test_run_once_handles_all_that_has_arrived_and_returns(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
-    sums = {name: chain.write(name, os.urandom(size)) for name, size in (("small", 1), ("large", 2 * registrar.SMALL))}
+    sums = {name: chain.write(name, os.urandom(size)) for name, size in (("small", 1), ("large", 2 * SMALL))}
     for name in (*sums, "missing"):
         chain.accept(name)
 

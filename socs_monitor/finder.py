@@ -1,0 +1,92 @@
+"""Finding and hashing the file of a registration, and how long to go on looking for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from socs_monitor import archive
+from socs_monitor.archive import ArchiveError
+from socs_monitor.checksum import Checksum, FileRefusedError, checksum
+from socs_monitor.spool import Failure, Registration
+from socs_monitor.suprsync import Database, DatabaseUnavailableError
+
+# Files up to this size (bytes) are hashed at once, in turn; larger ones by the pool, so that no small one waits.
+SMALL = 256 * 1024
+
+# A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 60.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How files are treated.
+
+    Attributes:
+        data_roots: Absolute, resolved folders; a file outside of all of them is refused. Empty: any file is taken.
+        hash_workers: Number of large files hashed at a time.
+        settle_after: Seconds from the row's commit to the second look at the file.
+        give_up_after: Seconds for which a missing or unreadable file is looked for.
+    """
+
+    data_roots: tuple[str, ...] = ()
+    hash_workers: int = 2
+    settle_after: float = 5.0
+    give_up_after: float = 3600.0
+
+
+class Hashed(NamedTuple):
+    """A registration whose file was found and hashed."""
+
+    registration: Registration
+    entry: archive.Entry
+    checksum: Checksum
+
+
+def retry_delay(attempts: int, give_up_after: float) -> float | None:
+    """Seconds until the next look for a file after `attempts` vain ones before this, None to give up."""
+    delays = [min(RETRY_FIRST_S * 2.0**attempt, RETRY_MAX_S) for attempt in range(attempts + 1)]
+    return delays[-1] if sum(delays[:-1]) < give_up_after else None
+
+
+def look(
+    registration: Registration, policy: Policy, at_most: int | None, stopped: Callable[[], bool]
+) -> Hashed | Failure | None:
+    """Find and hash a registration's file; None if it is larger than `at_most` bytes."""
+    missing: OSError | None = None
+    try:
+        for entry in archive.candidates(registration):
+            try:
+                found = checksum(entry.local_path, policy.data_roots, at_most, stopped)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                missing = missing or error
+            else:
+                return Hashed(registration, entry, found) if found else None
+    except (ArchiveError, FileRefusedError) as error:
+        return Failure(registration, str(error), refused=True)
+    except OSError as error:
+        missing = error
+    return Failure(registration, f"{registration['path']}: {missing and missing.strerror}")
+
+
+def archived(registrations: Sequence[Registration], database: Database) -> dict[int, Registration] | None:
+    """Those of which a row tells that they were registered, or archived and removed, since they arrived.
+
+    None where the database cannot be asked.
+    """
+    if not registrations:
+        return {}
+    entries = {registration.id: list(archive.candidates(registration)) for registration in registrations}
+    try:
+        rows = database.rows(entry.local_path for candidates in entries.values() for entry in candidates)
+    except DatabaseUnavailableError:
+        return None
+    return {
+        registration.id: registration
+        for registration in registrations
+        for entry in entries[registration.id]
+        for row in rows.get(entry.local_path, ())
+        if row.is_of(entry) and max(row.timestamp, row.removed or 0.0) >= registration.received
+    }
