@@ -33,7 +33,8 @@ from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, Sess
 from socs_monitor.options import make_parser
 from socs_monitor.registrar import Registrar
 from socs_monitor.siteconfig import parse_args
-from socs_monitor.spool import MAX_BYTES, Incoming, Spool, SpoolError
+from socs_monitor.spool import MAX_BYTES, Incoming, Spool
+from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import Database
 from socs_monitor.tasks import Tasks

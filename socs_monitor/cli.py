@@ -22,7 +22,8 @@ from socs_monitor import __version__, client, options
 from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.client import ClientError
 from socs_monitor.emulator import Publisher
-from socs_monitor.spool import Spool, SpoolBusyError, SpoolError
+from socs_monitor.spool import Spool
+from socs_monitor.spoolfile import SpoolBusyError, SpoolError
 from socs_monitor.suprsync import DatabaseUnavailableError
 
 _TO = f"127.0.0.1:{options.UDP_PORT}"

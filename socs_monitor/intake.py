@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from socs_monitor import crashpoint, messages
-from socs_monitor.spool import PENDING, Incoming, Registration, Spool, SpoolError
+from socs_monitor.spool import Incoming, Registration, Spool
+from socs_monitor.spoolfile import PENDING, SpoolError
 from socs_monitor.stats import Stats
 
 # Registrations on the queue at the most; about 1 KiB of memory each.

@@ -22,7 +22,8 @@ from socs_monitor import crashpoint
 from socs_monitor.checksum import Fingerprint, StoppedError
 from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.intake import BATCH, Intake
-from socs_monitor.spool import Failure, Registration, Spool, SpoolError
+from socs_monitor.spool import Failure, Registration, Spool
+from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
 

@@ -11,7 +11,8 @@ from ocs import ocs_agent
 from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.intake import Intake
 from socs_monitor.registrar import Registrar
-from socs_monitor.spool import Spool, SpoolError
+from socs_monitor.spool import Spool
+from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync import DatabaseUnavailableError
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socs_monitor import intake as intake_module
-from socs_monitor import messages
-from socs_monitor import spool as spool_module
+from socs_monitor import messages, spoolfile
 from socs_monitor.emulator import data_file, g3_file
 from socs_monitor.intake import Intake
 from socs_monitor.spool import Incoming, Registration, Spool
@@ -145,6 +144,25 @@ def test_however_putting_and_taking_alternate_each_comes_once_in_order(
     assert taken == list(range(sent))
 
 
+def test_what_was_read_from_the_spool_before_it_came_on_the_queue_does_not_come_again(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front.intake.restart()
+    accept, taken = front.spool.accept, []
+
+    def accept_and_be_overtaken(batch: list[Incoming]) -> list[int]:
+        ids = accept(batch)
+        taken.extend(front.take_all())
+        return ids
+
+    monkeypatch.setattr(front.spool, "accept", accept_and_be_overtaken)
+    front.put(0)
+    front.put(1)
+
+    assert taken == [0, 1]
+    assert front.take_all() == []
+
+
 def test_after_a_restart_all_that_is_pending_comes_before_what_is_new(front: Front) -> None:
     front.put(0, 1, 2)
     assert front.take() == [0, 1, 2]
@@ -205,7 +223,7 @@ def test_what_is_no_registration_is_dropped_and_reported(front: Front, garbage: 
 def impatient(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
     """A front whose spool gives a lock up after a moment."""
     front.intake.close()
-    monkeypatch.setattr(spool_module, "_BUSY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.02)
     monkeypatch.setattr(intake_module, "_RETRY_S", 0.02)
     front.open()
     return front
@@ -251,7 +269,7 @@ def test_a_spool_that_fails_while_a_plain_dict_is_adopted_loses_nothing(impatien
     front = impatient
     front.put(0)
     front.queue.put(meta_of(1))
-    with write_lock(front.path), pytest.raises(spool_module.SpoolError):
+    with write_lock(front.path), pytest.raises(spoolfile.SpoolError):
         front.take_all()
 
     assert sorted(front.take_all()) == [0, 1]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from socs_monitor import spool, suprsync
+from socs_monitor import spoolfile, suprsync
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 
 
@@ -78,7 +78,7 @@ def test_a_locked_database_is_tried_every_one_to_two_seconds(
 def test_a_spool_that_fails_after_the_commit_is_told_later(
     chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.05)
     chain.reopen()
     chain.step()
     sum_ = chain.write("a.dat", b"a")

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from socs_monitor import crashpoint, intake, registrar, spool, suprsync
+from socs_monitor import crashpoint, intake, registrar, spoolfile, suprsync
 from socs_monitor.finder import Policy
 from tests.chain import Chain, Clock, execute, md5, write_lock
 
@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
         self.patch.setattr(intake, "QUEUE_MAX", 3)
         self.patch.setattr(intake, "BATCH", 4)
         self.patch.setattr(registrar, "BATCH", 4)
-        self.patch.setattr(spool, "_BUSY_TIMEOUT_S", 0.0)
+        self.patch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.0)
         self.patch.setattr(suprsync, "_BUSY_TIMEOUT_S", 0.0)
         self.patch.setattr(crashpoint, "reach", self.reach)
         self.killed_at: str | None = None

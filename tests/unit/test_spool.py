@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socs_monitor import spool as spool_module
+from socs_monitor import spoolfile
 from socs_monitor.emulator import g3_file
 from socs_monitor.spool import (
     PENDING,
@@ -25,10 +26,9 @@ from socs_monitor.spool import (
     Incoming,
     Registration,
     Spool,
-    SpoolBusyError,
-    SpoolError,
     SpoolFullError,
 )
+from socs_monitor.spoolfile import SpoolBusyError, SpoolError
 from tests.chain import execute, write_lock
 
 OpenSpool = Callable[..., Spool]
@@ -161,7 +161,17 @@ def test_a_closed_spool_is_found_as_it_was(open_spool: OpenSpool) -> None:
     assert spool.waiting_times() == [(77.0, 2)]
     assert spool.waiting([2])[0].attempts == 3
     assert spool.dead() == letters
-    assert spool.accept([incoming(9)]) == [6], "an id was used twice"
+
+
+def test_no_id_is_used_twice(open_spool: OpenSpool) -> None:
+    spool = open_spool()
+    spool.accept([incoming(0)])
+    spool.remove(all_pending(spool))
+    assert spool.accept([incoming(1)]) == [2]
+    spool.remove(all_pending(spool))
+    spool.close()
+
+    assert open_spool().accept([incoming(2)]) == [3]
 
 
 OPERATIONS = st.lists(
@@ -318,7 +328,7 @@ def test_in_a_full_spool_refused_registrations_make_room(open_spool: OpenSpool) 
 def test_what_cannot_be_written_is_not_accepted(
     open_spool: OpenSpool, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.05)
     spool = open_spool()
     spool.accept([incoming(0)])
     with write_lock(path), pytest.raises(SpoolError, match=f"cannot use the spool {path}: database is locked"):
@@ -331,7 +341,7 @@ def test_what_cannot_be_written_is_not_accepted(
 def test_a_failed_move_changes_neither_the_file_nor_the_registration(
     open_spool: OpenSpool, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool_module, "_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.05)
     spool = open_spool()
     spool.accept([incoming(0)])
     (registration,) = all_pending(spool)
