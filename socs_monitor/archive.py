@@ -65,6 +65,8 @@ def create_remote_path(meta: Meta, archive_name: str) -> str:
         action, action_ts = meta.get("action"), meta.get("action_ts")
         if action in (".", "..") or action_ts in (".", ".."):
             raise ArchiveError(f"{action!r} of action {action_ts!r} is not a safe path component")
+        if meta.get("timestamp") is None:  # a g3_file message need not have one
+            raise ArchiveError("no timestamp, which the archive smurf needs")
         parts = [
             str(meta["timestamp"])[:5],
             meta["pub_id"],
