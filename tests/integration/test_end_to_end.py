@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +183,27 @@ def test_files_outlive_a_restart_of_the_agent(agent: StartAgent, tmp_path: Path)
     wait_registered(monitor, sent)
 
 
+def unread_bytes(router: Router) -> int:
+    """Bytes that the router has sent and its clients have not yet read."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(line[4].split(":")[1], 16) for line in lines if line[2].endswith(f":{router.port:04X}"))
+
+
 @pytest.mark.parametrize("params", [{}, {"test_mode": True}, {"test_mode": False}], ids=str)
 def test_in_test_mode_run_handles_what_has_arrived_and_stops(
-    agent: StartAgent, tmp_path: Path, params: dict[str, Any]
+    agent: StartAgent, router: Router, tmp_path: Path, params: dict[str, Any]
 ) -> None:
     monitor = agent(options=[["--test-mode"]])
     client = monitor.client()
     assert client.run.status().session == {}, "run was started at start-up"
     for turn in range(1, 3):
-        sent = announce(monitor, tmp_path / "data", 300, f"turn{turn}")  # the kernel still holds most of these
-        assert client.run.start(**params).status == ocs.OK
+        with ThreadPoolExecutor(1) as pool:
+            os.kill(monitor.pid, signal.SIGSTOP)  # so that the kernel still holds all of it when run begins
+            start = pool.submit(client.run.start, **params)
+            wait_until(lambda: unread_bytes(router) > 0, 10, "the call lies at the agent's door")
+            sent = announce(monitor, tmp_path / "data", 300, f"turn{turn}")
+            os.kill(monitor.pid, signal.SIGCONT)
+            assert start.result().status == ocs.OK
         reply = client.run.wait(timeout=30)
 
         assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply

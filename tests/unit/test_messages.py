@@ -162,6 +162,7 @@ WHOLE = data_file("/x", action="a", action_ts="1")
         (datagram("data_file", {**WHOLE, "timestamp": math.nan}), FIELD, "timestamp"),
         (datagram("data_file", {**WHOLE, "timestamp": math.inf}), FIELD, "timestamp"),
         (datagram("data_file", {**WHOLE, "timestamp": 1e12}), FIELD, "timestamp"),
+        (datagram("data_file", {**WHOLE, "timestamp": -1e12}), FIELD, "timestamp"),
         (datagram("data_file", {**WHOLE, "timestamp": "../.."}), FIELD, "timestamp"),
         (datagram("data_file", {**WHOLE, "timestamp": "1" * 65}), FIELD, "timestamp"),
         (datagram("data_file", {**WHOLE, "timestamp": ""}), FIELD, "timestamp"),
