@@ -252,6 +252,7 @@ class PysmurfMonitor(DatagramProtocol):
         return True, "Done monitoring."
 
     def _show(self) -> None:
+        self._stats.digest()
         if self._session is not None:
             self._session.data = self._stats.data(self._spool.counts)
             self._session.degraded = self._stats.degraded

@@ -223,7 +223,8 @@ class Registrar:
                 else:
                     delay = self._unstable.get(registration.id, self._policy.settle_after)
                     self._unstable[registration.id] = min(2 * delay, SETTLE_MAX_S)
-                    self._stats.info(f"{entry.local_path} changed after it was registered, hashing it again")
+                    text = f"{entry.local_path} changed after it was registered, hashing it again"
+                    self._stats.repeated("info", "changed", text)
                     self._work.append(registration)
         if settled:
             self._owe(self._spool.remove, settled)
@@ -292,18 +293,19 @@ class Registrar:
         self._spool.wait(failures)
         for failure in failures:
             heapq.heappush(self._waiting, (failure.due or 0.0, failure.registration.id))
-        if any(failure.registration.attempts == 1 for failure in failures):
-            first = failures[0]
-            self._stats.info(f"{len(failures)} files cannot be read yet, waiting; first: {first.reason}")
+        for failure in failures:
+            if failure.registration.attempts == 1:
+                self._stats.repeated("info", "waiting", f"waiting for a file that cannot be read yet: {failure.reason}")
 
     def _bury(self, failures: list[Failure]) -> None:
         self._spool.bury(failures)
-        first = failures[0]
-        self._stats.problem(
-            "error",
-            f"{len(failures)} registrations became dead letters; first: {first.reason}"
-            f" (id {first.registration.id}). See the tasks list_failed and retry_failed",
-        )
+        for registration, reason, _, refused in failures:
+            if refused:
+                text = f"registration {registration.id} was refused, a dead letter: {reason}"
+                self._stats.repeated("warn", "refused", text)
+            else:
+                text = f"registration {registration.id} became a dead letter: {reason}. See the task retry_failed"
+                self._stats.repeated("error", "given up", text)
 
     def _write(self) -> None:
         """Write the first batch that is unwritten; a row that the database refuses does not hold up the others."""

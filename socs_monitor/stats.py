@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,9 +43,10 @@ class Stats:
         self.bytes = 0
         self.malformed: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self._digest: Counter[str] = Counter()
-        self._digest_senders: Counter[str] = Counter()
-        self._digested = 0.0
+        self._useless: Counter[str] = Counter()
+        self._useless_senders: Counter[str] = Counter()
+        self._said: defaultdict[str, float] = defaultdict(float)
+        self._unsaid: dict[str, tuple[int, str, str]] = {}
         self.unpublished: Counter[str] = Counter()
         self.last_file = ""
 
@@ -68,22 +69,38 @@ class Stats:
     def useless(self, reason: str, sender: str) -> None:
         """Count a datagram of host `sender` that is no message; the log gets one line a minute about them."""
         self.malformed[reason] += 1
-        self._digest[reason] += 1
-        if sender in self._digest_senders or len(self._digest_senders) < _SENDERS_MAX:
-            self._digest_senders[sender] += 1
-        self.digest()
+        self._useless[reason] += 1
+        if sender in self._useless_senders or len(self._useless_senders) < _SENDERS_MAX:
+            self._useless_senders[sender] += 1
+        if self._clock() - self._said["useless"] >= DIGEST_S:
+            self._say_useless()
+
+    def _say_useless(self) -> None:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self._useless.most_common())
+        senders = ", ".join(f"{sender}: {count}" for sender, count in self._useless_senders.most_common(5))
+        self._say("warn", f"{self._useless.total()} datagrams were dropped ({reasons}); most came from {senders}")
+        self._useless.clear()
+        self._useless_senders.clear()
+        self._said["useless"] = self._clock()
+
+    def repeated(self, level: str, kind: str, text: str) -> None:
+        """Log a line of which there may be many; of each `kind` one a minute is written, the others are counted."""
+        if self._clock() - self._said[kind] < DIGEST_S:
+            count, _, _ = self._unsaid.get(kind, (0, "", ""))
+            self._unsaid[kind] = (count + 1, level, text)
+        else:
+            self._said[kind] = self._clock()
+            (self.problem if level == "error" else self._say)(level, text)
 
     def digest(self) -> None:
-        """Log what useless datagrams there were, if the last such line is old enough."""
+        """Log what was held back and is due; to be called now and then."""
         now = self._clock()
-        if not self._digest or now - self._digested < DIGEST_S:
-            return
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in self._digest.most_common())
-        senders = ", ".join(f"{sender}: {count}" for sender, count in self._digest_senders.most_common(5))
-        self._say("warn", f"{self._digest.total()} datagrams were dropped ({reasons}); most came from {senders}")
-        self._digest.clear()
-        self._digest_senders.clear()
-        self._digested = now
+        if self._useless and now - self._said["useless"] >= DIGEST_S:
+            self._say_useless()
+        for kind in [kind for kind in self._unsaid if now - self._said[kind] >= DIGEST_S]:
+            count, level, text = self._unsaid.pop(kind)
+            self._said[kind] = now
+            self._say(level, f"{count} more like this in the last minute, the latest: {text}")
 
     def problem(self, level: str, text: str) -> None:
         """Log a line and keep it among the last problems."""
