@@ -64,14 +64,20 @@ def wait_running(agent: Agent, client: OCSClient) -> None:
     agent.wait_for(lambda: client.run.status().session.get("status") == "running", 10, "runs `run`")
 
 
+def wait_ended(client: OCSClient) -> dict[str, Any]:
+    """Wait until `run` ends, see that it did so with success, and return its session."""
+    reply = client.run.wait(timeout=30)
+    assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
+    session: dict[str, Any] = reply.session
+    return session
+
+
 def stop_run(client: OCSClient) -> float:
     """Stop `run`, see that it ended well, and return the seconds that it took."""
     begin = time.monotonic()
     assert client.run.stop().status == ocs.OK
-    reply = client.run.wait(timeout=10)
-    took = time.monotonic() - begin
-    assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
-    return took
+    wait_ended(client)
+    return time.monotonic() - begin
 
 
 def test_an_observation_becomes_the_documented_rows(agent: StartAgent, tmp_path: Path) -> None:
@@ -204,12 +210,11 @@ def test_in_test_mode_run_handles_what_has_arrived_and_stops(
             sent = announce(monitor, tmp_path / "data", 300, f"turn{turn}")
             os.kill(monitor.pid, signal.SIGCONT)
             assert start.result().status == ocs.OK
-        reply = client.run.wait(timeout=30)
+        session = wait_ended(client)
 
-        assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
         assert [row["local_path"] for row in monitor.rows()][-300:] == sent
         assert len(monitor.rows()) == turn * 300
-        assert reply.session["data"]["files"]["registered"] == turn * 300
+        assert session["data"]["files"]["registered"] == turn * 300
 
 
 def test_in_test_mode_run_stops_at_once_with_nothing_to_do(agent: StartAgent) -> None:
@@ -217,9 +222,7 @@ def test_in_test_mode_run_stops_at_once_with_nothing_to_do(agent: StartAgent) ->
     client = monitor.client()
     begin = time.monotonic()
     assert client.run.start(test_mode=True).status == ocs.OK
-    reply = client.run.wait(timeout=10)
-
-    assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
+    wait_ended(client)
     assert time.monotonic() - begin < 2
 
 
@@ -230,9 +233,7 @@ def test_test_mode_is_also_a_parameter_of_one_start(agent: StartAgent, tmp_path:
     stop_run(client)
     sent = announce(monitor, tmp_path / "data", 100)
     client.run.start(test_mode=True)
-    reply = client.run.wait(timeout=30)
-
-    assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
+    wait_ended(client)
     wait_registered(monitor, sent)
 
 
@@ -272,7 +273,7 @@ def test_the_module_is_a_program_of_its_own(router: Router, tmp_path: Path) -> N
         client = monitor.client()
         sent = announce(monitor, tmp_path / "data", 10)
         client.run.start(test_mode=True)
-        assert client.run.wait(timeout=10).session["success"] is True
+        wait_ended(client)
         wait_registered(monitor, sent)
         assert monitor.stop() == 0
     assert not TROUBLE.search(monitor.log), monitor.log
