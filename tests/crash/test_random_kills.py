@@ -1,0 +1,100 @@
+"""Spool, intake, registrar and database, killed at any moment while they accept and register files.
+
+``SOCS_MONITOR_CRASH_ROUNDS`` is the number of kills; `make crash` does more than CI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.crash.worker import AGAIN, NAMES
+from tests.evidence import check_registered
+from tests.harness import OWN_BIN, Process, rows, wait_until
+
+ROUNDS = int(os.environ.get("SOCS_MONITOR_CRASH_ROUNDS", "200"))
+
+# Seconds that a worker lives: some die while they start, some live until files have settled.
+LIVES = ((0.0, 0.03), (0.0, 0.15), (0.03, 0.15), (0.3, 0.6))
+
+
+class Worker(Process):
+    """The worker process, and what its children wrote down.
+
+    Attributes:
+        acknowledged: Files whose registration was acknowledged.
+        unsure: Of these, the files that were about to be changed, with no acknowledgement of it.
+        late: Files that were registered, or nearly, before they were there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([OWN_BIN / "python", "-m", "tests.crash.worker", folder], folder / "worker.log")
+        self.acknowledged: set[str] = set()
+        self.late: set[str] = set()
+        self.unsure: set[str] = set()
+        self.deaths = 0
+        self._child: int | None = None
+
+    def read(self) -> None:
+        for line in self.new_lines():
+            what, _, argument = line.partition(" ")
+            if what == "begin":
+                self._child = int(argument)
+            elif what == "died":
+                self._child = None
+                self.deaths += 1
+            elif what == "late":
+                self.late.add(argument)
+            elif what == "change":
+                self.unsure.add(argument)
+            else:
+                assert what == "ack", f"{line}\n{self.log[-3000:]}"
+                self.acknowledged.add(argument)
+                self.unsure.discard(argument)
+
+    def child(self) -> int | None:
+        """Process id of the child that is alive."""
+        self.read()
+        return self._child
+
+    def kill_child(self, after_s: float) -> None:
+        """Kill the next child some time after it began, and read all that it wrote down."""
+        child = self.wait_for(self.child, 20, "began")
+        time.sleep(after_s)  # the random moment
+        deaths = self.deaths
+        os.kill(child, signal.SIGKILL)
+        self.wait_for(lambda: (self.read(), self.deaths > deaths)[1], 20, "was killed")
+
+
+@pytest.mark.timeout(120 + ROUNDS)
+def test_what_was_acknowledged_is_registered_once(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with Worker(tmp_path) as worker:
+        for _ in range(ROUNDS):
+            worker.kill_child(chance.uniform(*chance.choice(LIVES)))
+            while worker.late:
+                with contextlib.suppress(FileExistsError), open(worker.late.pop(), "xb") as file:
+                    file.write(b"written by somebody else, since its sender has died")
+            times = Counter(row["local_path"] for row in rows(tmp_path / "suprsync.db"))
+            assert set(times.values()) <= {1}
+        (tmp_path / AGAIN).touch()
+        worker.kill_child(0.0)
+        (tmp_path / "names.new").write_text("\n".join(os.path.basename(path) for path in worker.unsure))
+        (tmp_path / "names.new").rename(tmp_path / NAMES)
+        wait_until(lambda: worker.exit_code is not None, 90, "everything is registered")
+        worker.read()
+        assert worker.exit_code == 0, worker.log[-3000:]
+
+    print(f"{len(worker.acknowledged)} files, {worker.deaths} deaths")
+    assert len(worker.acknowledged) > 3 * ROUNDS
+    everything = map(str, (tmp_path / "files").iterdir())
+    check_registered(tmp_path / "suprsync.db", worker.acknowledged, among=everything)

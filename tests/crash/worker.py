@@ -1,0 +1,118 @@
+"""A monitor without OCS that is killed again and again, and what it writes down of what it did.
+
+``python -m tests.crash.worker FOLDER`` forks one child after the other (so that each begins within milliseconds);
+the child is a sender and a monitor in one, and goes on until it is killed. On standard output, line by line, each
+handed to the kernel before anything else is done::
+
+    begin PID     a child has begun
+    late PATH     it is about to register a file that is not there
+    change PATH   it is about to change a file that is registered
+    ack PATH      the registration of a file is acknowledged, its change done
+    died PID      it was killed, and all that it wrote is above
+
+Once there is a file FOLDER/again, a child waits until FOLDER/names is there, too, registers the files that this names,
+line by line, waits until everything is settled, and ends; the worker ends with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+from socs_monitor.finder import SMALL, Policy
+from tests.chain import Chain
+from tests.harness import wait_until
+
+SETTLE_S = 0.3
+
+AGAIN = "again"
+NAMES = "names"
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Child:
+    """Sender and monitor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.chain = Chain(folder, policy=Policy(settle_after=SETTLE_S))
+        self.chain.intake.start()
+        self.thread = threading.Thread(target=self.chain.registrar.run, daemon=True)
+        self.thread.start()
+        self.random = random.Random(os.getpid())
+
+    def register(self, name: str) -> None:
+        self.chain.accept(name)
+        self.chain.intake.flush()
+        say("ack", self.chain.path(name))
+
+    def content(self) -> bytes:
+        return self.random.randbytes(SMALL + 1 if self.random.random() < 0.1 else 100)
+
+    def send_for_ever(self) -> None:
+        ways = [self.plain, self.plain, self.late, self.growing, self.overwritten]
+        for number in itertools.count():
+            self.random.choice(ways)(f"{os.getpid()}-{number}.dat")
+            if self.random.random() < 0.3:
+                time.sleep(self.random.random() * 0.01)
+
+    def plain(self, name: str) -> None:
+        self.chain.write(name, self.content())
+        self.register(name)
+
+    def late(self, name: str) -> None:
+        say("late", self.chain.path(name))
+        self.register(name)
+        self.chain.write(name, self.content())
+
+    def growing(self, name: str) -> None:
+        self.plain(name)
+        say("change", self.chain.path(name))
+        begin = time.monotonic()
+        self.chain.write(name, self.content() * 2)
+        if time.monotonic() < begin + SETTLE_S / 2:  # else it may have been too slow to be noticed
+            say("ack", self.chain.path(name))
+
+    def overwritten(self, name: str) -> None:
+        self.plain(name)
+        say("change", self.chain.path(name))
+        self.chain.write(name, self.content())
+        self.register(name)
+
+    def finish(self, names: Path) -> None:
+        wait_until(names.exists, 60, "names are there")
+        for name in names.read_text().split():
+            self.register(name)
+        spool = self.chain.spool
+        wait_until(lambda: spool.counts["received"] == spool.counts["settled"], 60, "everything is settled")
+        self.chain.registrar.stop()
+        self.thread.join()
+        self.chain.intake.close()
+
+
+def main(folder: Path) -> None:
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            child = Child(folder)
+            if (folder / AGAIN).exists():
+                child.finish(folder / NAMES)
+            else:
+                child.send_for_ever()
+            os._exit(0)
+        say("begin", pid)
+        _, status = os.waitpid(pid, 0)
+        say("died", pid)
+        if os.WIFEXITED(status):
+            sys.exit(os.WEXITSTATUS(status))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,63 @@
+"""What is left on the disk, whatever the process that wrote it came to: the rows, the spool, and the files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from tests.harness import Agent, rows
+
+
+def spool_of(agent: Agent) -> Path:
+    """The spool's file, where the agent puts it by default."""
+    return Path(f"{agent.db_path}.{agent.INSTANCE}.spool")
+
+
+def spooled(spool_path: Path) -> dict[str, str]:
+    """Path and state of the registrations in a spool, in order; of one that is there twice, the latest state."""
+    with contextlib.closing(sqlite3.connect(f"file:{spool_path}?mode=ro", uri=True, timeout=10)) as connection:
+        found = connection.execute("SELECT message, state FROM registrations ORDER BY id").fetchall()
+    return {json.loads(message)["payload"]["path"]: state for message, state in found}
+
+
+def acknowledged(agent: Agent) -> set[str]:
+    """Paths of all files that the agent has taken on: their registration is in the spool, or their row is there."""
+    return {*spooled(spool_of(agent)), *(row["local_path"] for row in rows(agent.db_path))}
+
+
+def md5_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def check_registered(db_path: Path, paths: Collection[str], among: Iterable[str] = ()) -> None:
+    """Each of the files has exactly one row, with the sum of its content; and so has every other, which is of `among`.
+
+    Args:
+        db_path: The database.
+        paths: Files that must be registered.
+        among: Files that may be.
+    """
+    found = rows(db_path)
+    times = Counter(row["local_path"] for row in found)
+    lost = set(paths) - set(times)
+    assert not lost, f"{len(lost)} of {len(paths)} files have no row: {sorted(lost)[:5]}"
+    assert set(times.values()) <= {1}, f"more than one row: {[path for path in times if times[path] > 1][:5]}"
+    assert set(times) <= {*paths, *among}
+    wrong = [row for row in found if row["local_md5sum"] != md5_of(row["local_path"])]
+    assert not wrong, f"{len(wrong)} rows have a wrong sum: {wrong[:3]}"
+
+
+def wait_registered(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
+    """Wait until all of the files have a row, and `check_registered`: these have, and no others."""
+
+    def registered() -> bool:
+        return {row["local_path"] for row in agent.rows()} >= set(paths)
+
+    agent.wait_for(registered, deadline_s, f"registered {len(paths)} files")
+    check_registered(agent.db_path, paths)
