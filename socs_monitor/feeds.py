@@ -44,7 +44,7 @@ class Feeds:
         self._stats = stats
         self._clock = clock
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
-        self._streams = Streams(Feed.enforce_field_name_rules, stats.warn)
+        self._streams = Streams(Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "metadata", text))
         self._recorded: dict[str, Any] = {}
         agent.register_feed(SESSION_FEED)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from socs_monitor import archive
 from socs_monitor.archive import ArchiveError
 from socs_monitor.checksum import Checksum, FileRefusedError, checksum
+from socs_monitor.messages import brief
 from socs_monitor.spool import Failure, Registration
 from socs_monitor.suprsync import Database, DatabaseUnavailableError
 
@@ -65,10 +66,10 @@ def look(
             else:
                 return Hashed(registration, entry, found) if found else None
     except (ArchiveError, FileRefusedError) as error:
-        return Failure(registration, str(error), refused=True)
+        return Failure(registration, brief(str(error)), refused=True)
     except OSError as error:
         missing = error
-    return Failure(registration, f"{registration['path']}: {missing and missing.strerror}")
+    return Failure(registration, brief(f"{registration['path']}: {missing and missing.strerror}"))
 
 
 def archived(registrations: Sequence[Registration], database: Database) -> dict[int, Registration] | None:

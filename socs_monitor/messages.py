@@ -170,6 +170,12 @@ def encode_file(meta: JSON) -> str:
     return text
 
 
+def brief(text: str, most: int = 300) -> str:
+    """Return what a sender wrote as a person is shown it: one line of at most `most` characters, none of control."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 5]} ... {shown[-most // 2 :]}"
+
+
 def _file(envelope: JSON, kind: str) -> DataFile | G3File:
     meta = _validate_file(envelope["payload"])
     if "\0" in meta["path"] or not meta["path"]:

@@ -99,7 +99,7 @@ class DeadLetter(NamedTuple):
             "id": self.id,
             "received": self.received,
             "sender": self.sender,
-            "path": messages.parse_file(self.message).meta["path"],
+            "path": messages.brief(messages.parse_file(self.message).meta["path"]),
             "reason": self.reason,
             "refused": self.refused,
             "attempts": self.attempts,
