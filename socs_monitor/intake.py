@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -60,10 +61,13 @@ class Intake:
         self._queue = file_queue
         self._stats = stats
         self._clock = clock
-        self._inbox: list[tuple[Meta, Incoming]] = []
-        self._inbox_bytes = 0
-        self._inbox_filled = threading.Condition()
+        # A deque and an event, and no lock that the writer takes as well: under load it would hardly ever get it.
+        self._inbox: deque[tuple[Meta, Incoming]] = deque()
+        self._filled = threading.Event()
+        self._putting = threading.Lock()
+        self._bytes_put = 0
         self._flushing = threading.Lock()
+        self._bytes_written = 0
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         # guarded by the queue's mutex
@@ -83,8 +87,7 @@ class Intake:
     def close(self) -> None:
         """Write what is left and close the spool."""
         self._closing.set()
-        with self._inbox_filled:
-            self._inbox_filled.notify()
+        self._filled.set()
         for thread in self._threads:
             thread.join()
         self.flush()
@@ -93,40 +96,35 @@ class Intake:
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that what is no registration should give way."""
-        return self._inbox_bytes > INBOX_MAX // 2
+        return self._bytes_put - self._bytes_written > INBOX_MAX // 2
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool."""
-        with self._inbox_filled:
-            if self._inbox_bytes > INBOX_MAX:
+        with self._putting:
+            if self._bytes_put - self._bytes_written > INBOX_MAX:
                 self._stats.refused["spool"] += 1
                 return
+            self._bytes_put += len(incoming.message)
             self._inbox.append((meta, incoming))
-            self._inbox_bytes += len(incoming.message)
-            if self._threads:
-                if len(self._inbox) == 1:
-                    self._inbox_filled.notify()
-                return
-        self.flush()
+        if not self._threads:
+            self.flush()
+        elif not self._filled.is_set():
+            self._filled.set()
 
-    def flush(self) -> None:
-        """Bring what was put so far into the spool and onto the queue; on an error it stays where it is."""
+    def flush(self) -> bool:
+        """Bring what was put so far into the spool and onto the queue; return whether all could be brought."""
         with self._flushing:
-            batch = self._inbox
-            if not batch:
-                return
-            with self._inbox_filled:
-                self._inbox = []
-                taken, self._inbox_bytes = self._inbox_bytes, 0
-            try:
-                self._enqueue(self._accept(batch))
-            except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
-                with self._inbox_filled:
-                    self._inbox[:0] = batch
-                    self._inbox_bytes += taken
-                self._stats.trouble("spool", f"{error}. {_IN_MEMORY}")
-            else:
+            while self._inbox:
+                batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
+                try:
+                    self._enqueue(self._accept(batch))
+                except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
+                    self._inbox.extendleft(reversed(batch))
+                    self._stats.trouble("spool", f"{error}. {_IN_MEMORY}")
+                    return False
+                self._bytes_written += sum(len(incoming.message) for _, incoming in batch)
                 self._stats.cured("spool", "the spool can be written again")
+        return True
 
     def _accept(self, batch: list[tuple[Meta, Incoming]]) -> list[Registration]:
         crashpoint.reach("received")
@@ -211,15 +209,13 @@ class Intake:
     def _write(self) -> None:
         last = 0.0
         while not self._closing.is_set():
-            with self._inbox_filled:
-                while not self._inbox and not self._closing.is_set():
-                    self._inbox_filled.wait()
-            now = time.monotonic()
-            if now - last < STEADY_S:
+            self._filled.wait()
+            if time.monotonic() - last < STEADY_S:
                 self._closing.wait(GATHER_S)
             last = time.monotonic()
-            self.flush()
-            if self._inbox and not self._closing.is_set():  # the spool refused
+            self._filled.clear()
+            if not self.flush():
+                self._filled.set()
                 self._closing.wait(_RETRY_S)
 
     def _sync(self) -> None:

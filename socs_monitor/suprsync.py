@@ -357,5 +357,5 @@ def _rounds(files: Sequence[HashedFile]) -> Iterator[Sequence[HashedFile]]:
         if len(first) == len(files):
             yield files
             return
-        yield list(first.values())
+        yield [file for file in files if first[file.entry.local_path] is file]
         files = [file for file in files if first[file.entry.local_path] is not file]
