@@ -8,7 +8,7 @@ ROUTER := $(ENVS)/crossbar/.ready
 PEER   := $(ENVS)/socs/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run check test unit test-docker clean
+.PHONY: help demo run check test unit test-docker crash fuzz soak clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,15 @@ unit: $(READY) ## the tests that need no other process
 
 test-docker: $(READY) ## build the images, bring compose up, send files through it
 	$(BIN)/python -m pytest tests/docker
+
+crash: $(READY) $(ROUTER) ## kill it at more moments than CI has time for
+	SOCS_MONITOR_CRASH_ROUNDS=5000 $(BIN)/python -m pytest --timeout=7200 tests/crash
+
+fuzz: $(READY) ## ten minutes of anything at all on the parser and the whole intake
+	$(BIN)/python -m tests.fuzz --seconds 600
+
+soak: $(READY) $(ROUTER) $(PEER) ## a day's load with the published SupRsync, and random kills of both
+	$(BIN)/python -m tests.soak
 
 clean: ## remove the environments and ./var
 	rm -rf $(ENVS) var

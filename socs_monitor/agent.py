@@ -202,6 +202,7 @@ class PysmurfMonitor(DatagramProtocol):
                  'datagrams': {'total': 1042, 'bytes': 331811,
                                'by_type': {'metadata': 992, 'data_file': 30, 'g3_file': 20}},
                  'malformed': {},
+                 'refused': {},
                  'unpublished': {},
                  'files': {'received': 50, 'registered': 49, 'pending': 0, 'waiting': 1, 'dead': 0,
                            'discarded': 0, 'settling': 3,

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from sqlalchemy import (
     Boolean,
@@ -285,6 +286,8 @@ class Database:
         self._disconnect()
         if identity is None and not self._create_table:
             raise DatabaseUnavailableError(f"the database {self.path} does not exist: {_CREATE_ADVICE}")
+        if identity is not None:
+            _refuse_garbage(self.path)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         engine = create_engine(
             f"sqlite:///{self.path}",
@@ -331,6 +334,16 @@ class Database:
             advice = _ADVICE.get(code & 0xFF, "") if code is not None else ""
             self._disconnect()
             raise DatabaseUnavailableError(f"the database {self.path}: {error.orig}; {advice}") from error
+
+
+def _refuse_garbage(path: str) -> None:
+    """Look at the file itself: beside the journal of a former one, SQLite takes it for a database and overwrites it."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(path)}?mode=ro&immutable=1", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_NOTADB:
+            raise DatabaseUnavailableError(f"the database {path}: {error}; {_ADVICE[sqlite3.SQLITE_NOTADB]}") from error
 
 
 def _identity(path: str) -> tuple[int, int] | None:
