@@ -1,4 +1,4 @@
-"""What is left on the disk, whatever the process that wrote it came to: the rows, the spool, and the files."""
+"""Files that are sent, and what is left of them on the disk, whatever the process that had them came to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from socs_monitor.emulator import SmurfServer
 from tests.harness import Agent, rows
+
+MIX = ("png", "txt", "g3")  # kinds of files whose path is sent as the row is to have it
+
+
+def send_files(server: SmurfServer, count: int, rate: float | None = None) -> list[str]:
+    """Write files, send their registrations, `rate` of them a second or all at once, and return their paths."""
+    return [message.file for message in server.send(server.messages(count, MIX), rate) if message.file]
 
 
 def spool_of(agent: Agent) -> Path:
@@ -51,6 +59,11 @@ def check_registered(db_path: Path, paths: Collection[str], among: Iterable[str]
     assert set(times) <= {*paths, *among}
     wrong = [row for row in found if row["local_md5sum"] != md5_of(row["local_path"])]
     assert not wrong, f"{len(wrong)} rows have a wrong sum: {wrong[:3]}"
+
+
+def wait_acknowledged(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
+    """Wait until the agent has taken on all of the files."""
+    agent.wait_for(lambda: acknowledged(agent) >= set(paths), deadline_s, f"has {len(paths)} files in its spool")
 
 
 def wait_registered(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:

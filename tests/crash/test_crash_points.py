@@ -10,10 +10,8 @@ import pytest
 
 from socs_monitor.crashpoint import POINTS
 from socs_monitor.emulator import SmurfServer
-from tests.evidence import acknowledged, check_registered, spool_of, spooled, wait_registered
+from tests.evidence import acknowledged, check_registered, send_files, spool_of, spooled, wait_registered
 from tests.harness import Agent, Router, free_udp_port
-
-MIX = ("png", "txt", "g3")  # paths as they are in the row
 
 # A start with registrations in the spool comes by these without a message.
 ON_REPLAY = ("hashed", "inserted", "committed", "settling")
@@ -30,7 +28,7 @@ def test_what_was_acknowledged_survives(deaths: list[str], router: Router, tmp_p
             with Agent(folder, router, udp_port=port, env={"SOCS_MONITOR_CRASH": point}) as doomed:
                 doomed.wait_listening()
                 if point == deaths[0]:
-                    server.send(server.messages(9, MIX))
+                    send_files(server, 9)
                 doomed.wait_for(lambda d=doomed: d.exit_code is not None, 20, "dies")
                 assert doomed.exit_code == -signal.SIGKILL
         died = time.time()
@@ -42,8 +40,7 @@ def test_what_was_acknowledged_survives(deaths: list[str], router: Router, tmp_p
 
         with Agent(folder, router, udp_port=port) as agent:
             agent.wait_listening()
-            new = [message.file for message in server.send(server.messages(3, MIX)) if message.file]
-            wait_registered(agent, [*kept, *new])
+            wait_registered(agent, [*kept, *send_files(server, 3)])
             after = agent.rows()
             assert after[: len(before)] == before, "a replay changes nothing"
             assert all(row["timestamp"] >= died for row in after[len(before) :]), "the time of a row is its commit's"

@@ -1,0 +1,307 @@
+"""The real agent and a database that cannot be written: files are taken on, none is lost, and it says what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ocs.ocs_client import OCSClient
+
+from socs_monitor.emulator import SmurfServer
+from tests.evidence import check_registered, send_files, spool_of, spooled, wait_acknowledged, wait_registered
+from tests.harness import OWN_BIN, Agent, Process, Router, require
+
+StartAgent = Callable[..., Agent]
+
+GARBAGE = b"This is no database.\n" * 1000
+
+# An id that is not root's, to whom modes do not apply.
+SOMEBODY = 1000
+
+_HOLD_LOCK = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=20)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def locked(db_path: Path) -> Iterator[None]:
+    """Another process holds the write lock."""
+    holder = Process([OWN_BIN / "python", "-c", _HOLD_LOCK, db_path], db_path.with_name("holder.log"))
+    with holder:
+        holder.wait_log("^locked$")
+        yield
+        assert holder.exit_code is None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Callable[[Agent], SmurfServer]]:
+    """Makes the SMuRF server that sends to an agent."""
+    with contextlib.ExitStack() as stack:
+        yield lambda agent: stack.enter_context(SmurfServer(tmp_path / "data", agent.address))
+
+
+def degraded(client: OCSClient) -> dict[str, str]:
+    """Why the agent is degraded; and it runs."""
+    session: dict[str, Any] = client.run.status().session
+    assert session["status"] == "running"
+    reasons: dict[str, str] = session["data"]["degraded"]
+    return reasons if session["degraded"] else {}
+
+
+def files(client: OCSClient) -> dict[str, int]:
+    """The part of the session data that accounts for files."""
+    counts: dict[str, int] = client.run.status().session["data"]["files"]
+    return counts
+
+
+def wait_degraded(agent: Agent, client: OCSClient, reason: str, condition: str = "database") -> None:
+    """Wait until the session says that, and why."""
+    agent.wait_for(
+        lambda: re.search(reason, degraded(client).get(condition, "")), 15, f"was degraded because of {reason}"
+    )
+
+
+def wait_well(agent: Agent, client: OCSClient) -> None:
+    agent.wait_for(lambda: not degraded(client), 5, "was well again")
+
+
+def lines(agent: Agent, pattern: str) -> int:
+    """Number of lines of its log with a pattern."""
+    return len(re.findall(f"^.*{pattern}.*$", agent.log, re.MULTILINE))
+
+
+# --- locked
+
+
+def test_a_lock_longer_than_any_time_out_is_waited_out(
+    agent: StartAgent, server: Callable[[Agent], SmurfServer]
+) -> None:
+    monitor = agent()
+    client, sender = monitor.client(), server(monitor)
+    sent = send_files(sender, 3)
+    wait_registered(monitor, sent)
+    with locked(monitor.db_path):
+        begin = time.monotonic()
+        sent += send_files(sender, 160, rate=20)
+        assert time.monotonic() - begin > 7.9
+        wait_degraded(monitor, client, "another process holds the write lock")
+        wait_acknowledged(monitor, sent, 2)
+        monitor.wait_for(lambda: files(client)["received"] == len(sent), 3, "has shown that it has all")
+        assert (files(client)["registered"], files(client)["pending"]) == (3, len(sent) - 3)
+    wait_registered(monitor, sent, 4)
+    wait_well(monitor, client)
+
+    assert lines(monitor, "holds the write lock") == 1, "one line when it begins"
+    assert lines(monitor, "the database can be written again") == 1
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_while_it_is_locked_loses_nothing(
+    agent: StartAgent, server: Callable[[Agent], SmurfServer], end: signal.Signals
+) -> None:
+    monitor = agent()
+    sender = server(monitor)
+    sent = send_files(sender, 3)
+    wait_registered(monitor, sent)
+    with locked(monitor.db_path):
+        sent += send_files(sender, 50)
+        wait_acknowledged(monitor, sent)
+        monitor.wait_log("holds the write lock")
+        begin = time.monotonic()
+        os.kill(monitor.pid, end)
+        monitor.wait(6)
+        assert time.monotonic() - begin < 6
+        assert monitor.exit_code == (0 if end == signal.SIGTERM else -end)
+        check_registered(monitor.db_path, sent[:3])
+    monitor.start()
+    wait_registered(monitor, sent)
+
+
+# --- moved, or replaced
+
+
+def files_of(database: Path) -> list[Path]:
+    return [path for suffix in ("", "-wal", "-shm") if (path := Path(f"{database}{suffix}")).exists()]
+
+
+@pytest.mark.parametrize("with_journal", [True, False], ids=["with its journal", "without its journal"])
+def test_a_deleted_database_is_begun_anew(
+    agent: StartAgent, server: Callable[[Agent], SmurfServer], with_journal: bool
+) -> None:
+    monitor = agent()
+    client, sender = monitor.client(), server(monitor)
+    sent = send_files(sender, 3)
+    wait_registered(monitor, sent)
+    for path in files_of(monitor.db_path)[: None if with_journal else 1]:
+        path.unlink()
+    sent += send_files(sender, 3)
+    wait_registered(monitor, sent)  # also the first ones, since they had not settled yet
+    assert not degraded(client)
+    assert lines(monitor, "moved away or replaced") == 1
+    assert sqlite3.connect(monitor.db_path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@pytest.mark.parametrize("with_journal", [True, False], ids=["with its journal", "without its journal"])
+def test_garbage_in_the_databases_place_is_never_overwritten(
+    agent: StartAgent, server: Callable[[Agent], SmurfServer], tmp_path: Path, with_journal: bool
+) -> None:
+    monitor = agent()
+    client, sender = monitor.client(), server(monitor)
+    sent = send_files(sender, 3)
+    wait_registered(monitor, sent)
+    moved = files_of(monitor.db_path)[: None if with_journal else 1]
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for path in moved:
+        path.rename(aside / path.name)
+    monitor.db_path.write_bytes(GARBAGE)
+    sent += send_files(sender, 3)
+    wait_degraded(monitor, client, "no SQLite database: move it away")
+    monitor.wait_for(lambda: set(spooled(spool_of(monitor))) >= set(sent[3:]), 5, "has the files in its spool")
+    assert monitor.db_path.read_bytes() == GARBAGE
+
+    for path in moved:
+        (aside / path.name).rename(path)
+    wait_registered(monitor, sent)
+    wait_well(monitor, client)
+    assert lines(monitor, "no SQLite database") == 1
+
+
+# --- not to be written
+
+
+@pytest.fixture
+def unprivileged(router: Router) -> Iterator[Agent]:
+    """An agent that modes apply to, and that has a folder of its own; not started."""
+    with tempfile.TemporaryDirectory(prefix="socs-monitor-") as name:
+        folder = Path(name)
+        monitor = Agent(folder, router, env={"COVERAGE_FILE": str(folder / "coverage")})
+        folder.chmod(0o755)
+        if os.geteuid() == 0:
+            shutil.chown(folder, SOMEBODY, SOMEBODY)
+            ids = ["--reuid", str(SOMEBODY), "--regid", str(SOMEBODY), "--clear-groups"]
+            # the kernel forgets about the parent's death when the ids change
+            monitor.command[:0] = [str(require("setpriv")), *ids, "--pdeathsig", "KILL"]
+        yield monitor
+
+
+def test_a_database_restored_read_only(unprivileged: Agent) -> None:
+    monitor, folder = unprivileged, unprivileged.db_path.parent
+    with monitor, SmurfServer(folder / "data", monitor.address) as sender:
+        monitor.wait_listening()
+        client = monitor.client()
+        sent = send_files(sender, 3)
+        wait_registered(monitor, sent)
+        restored = folder / "restored.db"
+        with contextlib.closing(sqlite3.connect(monitor.db_path)) as source:
+            source.execute("VACUUM INTO ?", [str(restored)])
+        restored.chmod(0o444)
+        for path in files_of(monitor.db_path)[1:]:
+            path.unlink()
+        restored.rename(monitor.db_path)
+        sent += send_files(sender, 3)
+        wait_degraded(monitor, client, "it is read-only: check owner and mode")
+        wait_acknowledged(monitor, sent)
+
+        monitor.db_path.chmod(0o666)
+        wait_registered(monitor, sent)
+        wait_well(monitor, client)
+        assert lines(monitor, "it is read-only") == 1
+
+
+def test_a_file_that_may_not_be_read_yet(unprivileged: Agent) -> None:
+    monitor, folder = unprivileged, unprivileged.db_path.parent
+    with monitor, SmurfServer(folder / "data", monitor.address) as sender:
+        monitor.wait_listening()
+        (message,) = sender.messages(1, ["txt"])
+        assert message.file
+        os.chmod(message.file, 0o000)
+        sender.send([message])
+        monitor.wait_for(lambda: spooled(spool_of(monitor)) == {message.file: "waiting"}, 10, "waits")
+        assert lines(monitor, f"{message.file}: Permission denied") == 1
+        assert monitor.rows() == []
+
+        os.chmod(message.file, 0o444)
+        wait_registered(monitor, [message.file])
+
+
+# --- full
+
+
+def fill(disk: Path) -> Path:
+    """Use up what room a disk has."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 512):
+            pass
+    return filler
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"may not mount: {done.stderr}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("spool_too", [False, True], ids=["of the database", "of database and spool"])
+def test_a_full_disk(router: Router, small_disk: Path, tmp_path: Path, spool_too: bool) -> None:
+    options = [["--spool-path", str((small_disk if spool_too else tmp_path) / "spool")]]
+    monitor = Agent(tmp_path / "agent", router, db_path=small_disk / "suprsync.db", options=options)
+    with monitor, SmurfServer(tmp_path / "data", monitor.address) as sender:
+        monitor.wait_listening()
+        client = monitor.client()
+        sent = send_files(sender, 3)
+        wait_registered(monitor, sent)
+        filler = fill(small_disk)
+        sent += send_files(sender, 300, rate=300)
+        if spool_too:
+            wait_degraded(monitor, client, "kept in memory", "spool")
+        else:
+            wait_degraded(monitor, client, "disk is full")
+            monitor.wait_for(lambda: files(client)["received"] == len(sent), 10, "took all on")
+        filler.unlink()
+        wait_registered(monitor, sent)
+        wait_well(monitor, client)
+        assert monitor.stop() == 0
+
+
+def test_files_that_may_not_grow(agent: StartAgent, server: Callable[[Agent], SmurfServer]) -> None:
+    monitor = agent()
+    client, sender = monitor.client(), server(monitor)
+    sent = send_files(sender, 3)
+    wait_registered(monitor, sent)
+    sizes = [path.stat().st_size for path in (*files_of(monitor.db_path), *files_of(spool_of(monitor)))]
+    room = 100_000  # for its log
+    before = resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE, (max(sizes) + room, before[1]))
+    while not degraded(client):
+        sent += send_files(sender, 50, rate=500)
+    assert set(degraded(client)) <= {"database", "spool", "spool entries"}
+
+    resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE, before)
+    wait_registered(monitor, sent)
+    wait_well(monitor, client)
