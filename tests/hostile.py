@@ -1,0 +1,214 @@
+"""What somebody sends who means harm, or whose sender is broken: damaged datagrams, hostile registrations, floods.
+
+`python -m tests.hostile PORT SECONDS` is the flood: empty, tiny and broken datagrams as fast as they go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from socs_monitor.emulator import REGISTERS, Publisher, data_file, g3_file, metadata
+from tests.harness import OWN_BIN, Process, wait_until
+
+EMPTY, NOT_JSON, WRONG = "empty", "not JSON", "wrong or missing field"
+
+# Values of which each is of the wrong type for nearly every field.
+ODD_VALUES: Sequence[Any] = (
+    *(None, True, 0, -1, 2**63, 2**64, -(10**4000), 1.5, 1e308, float("nan"), float("inf"), float("-inf"), ""),
+    *("\0", "a\0b", "a\nb", 'a"b', "\\", "..", "../../x", "/abs", "~", "é\u2028", "x" * 300, [], [[]], {}, {"a": None}),
+)
+
+# A flood's datagrams: nothing in them, next to nothing, and nothing of use.
+USELESS = (b"", b"{", b"\0", b"[" * 200, b'{"id": "a"}', b"\xff" * 20)
+
+# What the kernel charges a socket's buffer for a datagram beyond its bytes, at the most; and how much an agent's buffer
+# holds at the least, since it asks for more than anybody gets.
+_CHARGED = 2048
+_PORTION = int(Path("/proc/sys/net/core/rmem_max").read_text()) // 2
+
+
+def envelopes(folder: str = "/data/smurf_data/20240101/crate1slot2") -> list[dict[str, Any]]:
+    """One real message of every type, as the emulator makes them."""
+    publisher = Publisher("crate1slot2:s1")
+    payloads: list[tuple[Any, str]] = [
+        (
+            data_file(f"{folder}/1700000000_x.npy", file_format="npy", action="take_iv", action_ts="1700000000"),
+            "data_file",
+        ),
+        (data_file(f"{folder}/1700000000_y", file_format="npyt", timestamp=1700000000, plot=True), "data_file"),
+        (g3_file("/data/so/timestreams/17000/crate1slot2/1700000000_001.g3"), "g3_file"),
+        ({"state": "on", "bands": [0, 1]}, "session_data"),
+        ("a line", "session_log"),
+        *((metadata(path, value), "metadata") for path, value in itertools.islice(REGISTERS.items(), 6)),
+        ({}, "start"),
+        ({}, "stop"),
+        ({"message": "x"}, "log"),
+        ({"message": "x"}, "backend_error"),
+        ([1, {"a": None}], "general"),
+    ]
+    made = [json.loads(publisher.encode(payload, kind)) for payload, kind in payloads]
+    publisher.close()
+    return made
+
+
+def damaged() -> list[tuple[bytes, str]]:
+    """Datagrams that are no message, each with the reason that counts it."""
+    file, _, g3, session, _, register, *_ = envelopes()
+    cut = json.dumps(file).encode()
+    return [
+        (b"", EMPTY),
+        *((text, NOT_JSON) for text in (b" ", b"\0", b"{", b"[" * 65_000, b'{"a":' * 13_000, b"\xff\xfe\0", b"nul")),
+        *((cut[:length], NOT_JSON) for length in range(1, len(cut), 17)),
+        *((cut.replace(b"crate1", bad), NOT_JSON) for bad in (b"\xff", b"\xc3\x28", b"\\ud800", b"\0")),
+        (cut + b"{}", NOT_JSON),
+        (b"1" * 5000, NOT_JSON),
+        *((text, WRONG) for text in (b"[]", b"1", b'"a"', b"null", b"NaN", b"1e999", b"{}", b"-" + b"1" * 4300)),
+        *((_encode({**file, key: value}), WRONG) for key in ("id", "type") for value in (None, 1, [], {}, 1.5)),
+        *((_encode({k: v for k, v in file.items() if k != key}), WRONG) for key in ("id", "type", "payload")),
+        *((_encode({**each, "payload": v}), WRONG) for each in (file, g3, register) for v in (None, 1, "a", [], {})),
+        *((_with(each, path=value), WRONG) for each in (file, g3) for value in ("", "a\0b", 1, None, ["/a"], {})),
+        *((_with(file, timestamp=value), WRONG) for value in (None, True, "now", 1e300, float("nan"), 10**4000)),
+        *((_with(file, **{key: v}), WRONG) for key in ("action", "archive_name", "format") for v in (1, [], {})),
+        *((_with(file, action_ts=value), WRONG) for value in (1.5, [], {}, True)),
+        *((_encode({**session, "payload": value}), WRONG) for value in (None, "text", [], 1)),
+        *((_encode({**register, "time": value}), WRONG) for value in (None, "1", float("nan"), 1e300, 10**4000)),
+    ]  # fmt: skip
+
+
+def odd_values() -> list[bytes]:
+    """Real messages with each field in turn replaced by each odd value, or left out: some are messages, some not."""
+    made: list[dict[str, Any]] = []
+    for envelope in envelopes():
+        for key in envelope:
+            made.append({k: v for k, v in envelope.items() if k != key})
+            made += [{**envelope, key: value} for value in ODD_VALUES]
+        payload = envelope["payload"]
+        if isinstance(payload, dict):
+            for key in payload:
+                made.append({**envelope, "payload": {k: v for k, v in payload.items() if k != key}})
+                made += [{**envelope, "payload": {**payload, key: value}} for value in ODD_VALUES]
+    return [_encode(envelope) for envelope in made]
+
+
+def mutated(seed: int) -> Iterator[bytes]:
+    """Real messages with bytes changed, cut out and put in, without end."""
+    rng = random.Random(seed)
+    real = [_encode(envelope) for envelope in envelopes()]
+    while True:
+        datagram = bytearray(rng.choice(real))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(datagram) or 1)
+            match rng.randrange(4):
+                case 0:
+                    datagram[at : at + 1] = rng.randbytes(1)
+                case 1:
+                    del datagram[at : at + rng.randint(1, 40)]
+                case 2:
+                    datagram[at:at] = rng.choice((b"[", b'"', b"\\u0000", b"\\ud800", b"\0", b"1e999", b"NaN", b"../"))
+                case 3:
+                    datagram[at:at] = datagram[: rng.randint(1, 200)]
+        yield bytes(datagram)
+
+
+def traversals(path: str) -> list[bytes]:
+    """Registrations of a file that is there, each of which gives it no place in the archive, or one out of it."""
+    file = {**envelopes()[0], "payload": data_file(path, action="a", action_ts="1700000000")}
+    g3 = {**envelopes()[2], "payload": g3_file(path)}
+    parents = "../" * 12
+    ways_out = ("..", ".", "/", "/etc", f"{parents}etc/cron.d/x", "a/b", "a/../../b", "x/..")
+    return [
+        *(_encode({**file, "id": way}) for way in (*ways_out, "")),
+        *(_with(file, **{key: way}) for key in ("action", "action_ts") for way in ways_out),
+        _encode({**g3, "payload": {"path": path}}),
+        *(_with(file, archive_name=name) for name in (*ways_out, "", "etc", "smurf/..", "TIMESTREAMS", "\0")),
+        *(_with(each, path=path + end) for each in (file, g3) for end in ("/..", "/.", "/", "/../..")),
+        *(_with(file, path=relative) for relative in ("../x.txt", "x.txt", "./x", "~/x", "file:///etc/passwd")),
+        *(_with(g3, path=short) for short in ("/x.g3", "/a/x.g3", "/../../x.g3", "//", "/")),
+        *(_encode({**file, "id": odd}) for odd in ("a b", "a\nb", "a\\b", "a\0b", "x" * 300)),
+    ]
+
+
+def _with(envelope: dict[str, Any], **fields: Any) -> bytes:
+    return _encode({**envelope, "payload": {**envelope["payload"], **fields}})
+
+
+def _encode(envelope: dict[str, Any]) -> bytes:
+    return json.dumps(envelope).encode()
+
+
+class Queue(NamedTuple):
+    """What the kernel says of a UDP port: bytes that wait in its buffer, and datagrams that found no room there."""
+
+    bytes: int
+    drops: int
+
+
+def queue_of(port: int) -> Queue:
+    """Ask the kernel for the one socket that is bound to `port`."""
+    for table in ("/proc/net/udp", "/proc/net/udp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port:
+                return Queue(int(fields[4].partition(":")[2], 16), int(fields[-1]))
+    raise AssertionError(f"no socket is bound to UDP port {port}")
+
+
+def wait_read(port: int) -> None:
+    """Wait until nothing that was sent waits in the kernel any more."""
+    wait_until(lambda: queue_of(port).bytes == 0, 30, "the agent has read what was sent")
+
+
+def send(port: int, datagrams: Iterable[bytes], host: str = "127.0.0.1") -> int:
+    """Send to an agent of this host, no more at a time than its buffer holds, and return how many that were."""
+    count = 0
+    waiting = 0
+    drops = queue_of(port).drops
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        for datagram in datagrams:
+            waiting += _CHARGED + 2 * len(datagram)
+            if waiting > _PORTION:
+                wait_read(port)
+                waiting = _CHARGED + 2 * len(datagram)
+            sender.sendto(datagram, (host, port))
+            count += 1
+    wait_read(port)
+    assert queue_of(port).drops == drops, "the kernel dropped some: send less at a time"
+    return count
+
+
+class Flood(Process):
+    """A process that sends `USELESS` datagrams as fast as they go, for some seconds."""
+
+    def __init__(self, folder: Path, port: int, seconds: float) -> None:
+        super().__init__([OWN_BIN / "python", "-m", "tests.hostile", str(port), str(seconds)], folder / "flood.log")
+
+    @property
+    def sent(self) -> int:
+        """How many it sent; known once it has ended."""
+        return int(self.log)
+
+
+def main(port: str, seconds: str) -> None:
+    """Flood a port of this host, and print how many datagrams that were."""
+    end = time.monotonic() + float(seconds)
+    count = 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", int(port)))
+        while time.monotonic() < end:
+            for datagram in USELESS:
+                sender.send(datagram)
+            count += len(USELESS)
+    print(count)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
