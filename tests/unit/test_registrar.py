@@ -213,7 +213,8 @@ def test_a_file_removed_before_its_second_registration_was_looked_at_is_done(cha
     assert chain.counts() == {"received": 2, "settled": 2}
 
 
-def test_a_file_removed_before_it_was_registered_again_is_waited_for(chain: Chain, clock: Clock) -> None:
+@pytest.mark.parametrize("anew", [b"content", b"another"])
+def test_a_file_removed_before_it_was_registered_again_is_waited_for(chain: Chain, clock: Clock, anew: bytes) -> None:
     chain.write("a.dat", b"content")
     chain.accept("a.dat")
     chain.step()
@@ -224,7 +225,7 @@ def test_a_file_removed_before_it_was_registered_again_is_waited_for(chain: Chai
     chain.accept("a.dat")
     chain.step()
     assert chain.counts() == {"received": 2, "settled": 1, "waiting": 1}
-    sum_ = chain.write("a.dat", b"written anew")
+    sum_ = chain.write("a.dat", anew)
     clock.advance(0.1)
     chain.step()
     (row,) = chain.rows()

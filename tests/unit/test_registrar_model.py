@@ -157,8 +157,11 @@ class Machine(RuleBasedStateMachine):
         self.mortal(self.chain.step)
 
     @rule()
-    def step_again(self) -> None:
+    def settle(self) -> None:
         self.step(0.0)
+        self.hash_large()
+        self.step(0.0)
+        self.step(SETTLE_S)
 
     @rule()
     def hash_large(self) -> None:
@@ -311,6 +314,6 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=25, deadline=None, report_multiple_bugs=False
+    max_examples=300, stateful_step_count=25, deadline=None, report_multiple_bugs=False
 )
 TestMachine = Machine.TestCase
