@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from socs_monitor import archive
 from socs_monitor.archive import ArchiveError
-from socs_monitor.checksum import Checksum, FileRefusedError, checksum
+from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum
 from socs_monitor.messages import brief
 from socs_monitor.spool import Failure, Registration
 from socs_monitor.suprsync import Database, DatabaseUnavailableError
@@ -69,6 +69,10 @@ def look(
         return Failure(registration, brief(str(error)), refused=True)
     except OSError as error:
         missing = error
+    except StoppedError:
+        raise
+    except Exception as error:  # noqa: BLE001 (one registration that nobody foresaw must not hold up all others)
+        return Failure(registration, brief(f"unforeseen {error!r}; please report it"), refused=True)
     return Failure(registration, brief(f"{registration['path']}: {missing and missing.strerror}"))
 
 

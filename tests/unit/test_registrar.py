@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from socs_monitor import intake
+from socs_monitor import archive, intake
 from socs_monitor.finder import SMALL, retry_delay
 from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
@@ -266,3 +267,25 @@ def test_what_is_no_file_is_refused(chain: Chain) -> None:
     ]
     for word, (_, reason, _) in zip(("directory", "FIFO", "elsewhere"), letters, strict=True):
         assert word in reason
+
+
+def test_a_registration_that_nobody_foresaw_does_not_hold_up_the_others(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("poison.dat", "good.dat"):
+        chain.write(name, b"content")
+        chain.accept(name)
+    candidates = archive.candidates
+
+    def fail_on_poison(meta: archive.Meta) -> Iterator[archive.Entry]:
+        if meta["path"].endswith("poison.dat"):
+            raise KeyError("unheard of")
+        return candidates(meta)
+
+    monkeypatch.setattr(archive, "candidates", fail_on_poison)
+    chain.step()
+
+    assert list(chain.sums()) == ["good.dat"]
+    ((_, reason, refused),) = chain.dead_letters()
+    assert "unheard of" in reason
+    assert refused
