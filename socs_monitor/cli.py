@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from socs_monitor import __version__, client, options
 from socs_monitor.backfill import Scan, registration_of
@@ -69,10 +70,17 @@ class _OfSpool:
         return len(letters), letters
 
     def retry(self, ids: Ids) -> str:
-        return f"{len(self._spool.retry(ids))} dead letters will be tried again when the agent starts."
+        return _all(ids, len(self._spool.retry(ids)), "will be tried again when the agent starts")
 
     def discard(self, ids: Ids) -> str:
-        return f"{self._spool.discard(ids)} dead letters discarded."
+        return _all(ids, self._spool.discard(ids), "discarded")
+
+
+def _all(ids: Ids, changed: int, what: str) -> str:
+    """Say what became of dead letters; as with the running agent, an id that is none of them is a failure."""
+    if ids is not None and (missing := len(set(ids)) - changed):
+        raise NotDoneError(f"{changed} dead letters {what}, {missing} ids are no dead letters.")
+    return f"{changed} dead letters {what}."
 
 
 def _done(reply: Any) -> Any:
@@ -119,7 +127,8 @@ def _failed_list(args: argparse.Namespace) -> None:
     for letter in listed:
         received = datetime.datetime.fromtimestamp(letter["received"], datetime.UTC).isoformat(" ", "seconds")
         why = ("refused: " if letter["refused"] else "") + letter["reason"]
-        table.add_row(str(letter["id"]), received, letter["sender"], letter["path"], why)
+        cells = (str(letter["id"]), received, letter["sender"], letter["path"], why)
+        table.add_row(*map(Text, cells))  # as they are: a sender's brackets are no markup
     Console().print(table if total else "No dead letters.")
 
 
