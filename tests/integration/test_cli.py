@@ -1,0 +1,277 @@
+"""The command `socs-monitor`, as a person runs it: with the running agent, and with the spool of a stopped one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from socs_monitor import cli
+from socs_monitor.emulator import Publisher
+from socs_monitor.options import INSTANCE
+from tests.chain import write_file
+from tests.harness import OWN_BIN, Agent, wait_until
+from tests.integration.test_end_to_end import announce, data, files, wait_registered
+
+StartAgent = Callable[..., Agent]
+
+MISSING = "No such file or directory"
+
+
+def command(*words: object, code: int = 0) -> str:
+    """Run the command in this process, see how it ends, and return what it prints (or, if it fails, complains)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "400")
+        patch.delenv("OCS_CONFIG_DIR", raising=False)
+        try:
+            ended = cli.main([*map(str, words)])
+        except SystemExit as stop:
+            ended = stop.code
+    assert ended == code, f"{out.getvalue()}\n{err.getvalue()}"
+    return (err if code else out).getvalue()
+
+
+def run(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    return subprocess.run(
+        [*map(str, words)], env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def site(monitor: Agent) -> list[str]:
+    """The words that lead to an agent."""
+    return ["--site-file", str(monitor.site_config), "--site-host", "localhost"]
+
+
+def send_missing(monitor: Agent, paths: Sequence[Path]) -> None:
+    with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
+        for path in paths:
+            publisher.data_file(str(path), action="act", action_ts="1700000000")
+
+
+def with_dead_letters(agent: StartAgent, paths: Sequence[Path], options: Sequence[Sequence[object]] = ()) -> Agent:
+    """An agent that has given up files."""
+    monitor = agent(options=[["--give-up-after", 0.2], *options])
+    send_missing(monitor, paths)
+    client = monitor.client()
+    monitor.wait_for(lambda: files(client).get("dead") == len(paths), 10, f"gave up {len(paths)} files")
+    return monitor
+
+
+def timestreams(root: Path, count: int, age_s: float = 1000) -> list[str]:
+    """Write timestream files that have not been touched for a while."""
+    paths = [root / "17000" / f"ufm_{number % 2}" / f"1700000000_{number:03}.g3" for number in range(count)]
+    for path in paths:
+        write_file(path, path.name.encode())
+        os.utime(path, (time.time() - age_s,) * 2)
+    return sorted(map(str, paths))
+
+
+def test_send_announces_files_as_pysmurf_does(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = agent()
+    folder = tmp_path / "17000" / "ufm_1"
+    sent = [folder / name for name in ("1700000000_001.g3", "x.npy", "notes.txt")]
+    for path in sent:
+        write_file(path, path.name.encode())
+    relative = os.path.relpath(sent[2])
+    to = ["--to", f"127.0.0.1:{monitor.udp_port}"]
+    done = run(OWN_BIN / "socs-monitor", "send", *to, "--id", "me", "--action", "by_hand", *sent[:2], relative)
+    wait_registered(monitor, [str(path) for path in sent])
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"sent to 127.0.0.1:{monitor.udp_port}: {path}" for path in sent]
+    g3, *others = monitor.rows()
+    assert (g3["archive_name"], g3["remote_path"]) == ("timestreams", "17000/ufm_1/1700000000_001.g3")
+    for row in others:
+        name = os.path.basename(row["local_path"])
+        assert row["archive_name"] == "smurf"
+        assert re.fullmatch(rf"\d{{5}}/me/\d+_by_hand/outputs/{re.escape(name)}", row["remote_path"])
+
+
+def test_send_refuses_what_is_no_file(tmp_path: Path) -> None:
+    assert f"{tmp_path} is no file" in command("send", tmp_path, code=1)
+    assert f"{tmp_path}/none is no file" in command("send", tmp_path / "none", code=1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *((), ("send",), ("failed",), ("failed", "lose"), ("failed", "retry", "one"), ("backfill",), ("sned", "x")),
+        *(("send", "--to", address, "x") for address in ("host", ":1", "host:", "host:http")),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_with_exit_code_2(words: Sequence[str]) -> None:
+    assert "usage: socs-monitor" in command(*words, code=2)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_dead_letters_are_listed_retried_and_discarded(agent: StartAgent, tmp_path: Path, running: bool) -> None:
+    paths = [tmp_path / name for name in ("one.txt", "two.txt", "three.txt")]
+    monitor = with_dead_letters(agent, paths)
+    if not running:
+        assert monitor.stop() == 0
+    listed = command("failed", "list", *site(monitor))
+    assert "3 of 3 dead letters" in listed
+    ids = []
+    for path in paths:
+        (line,) = [line for line in listed.splitlines() if f" {path} " in line]
+        assert MISSING in line
+        assert "127.0.0.1:" in line
+        ids.append(re.findall(r"\d+", line)[0])
+
+    write_file(paths[0], b"one")
+    assert re.match("1 dead letters (will be )?tried again", command("failed", "retry", *site(monitor), ids[0]))
+    assert "1 dead letters discarded" in command("failed", "discard", *site(monitor), ids[1])
+    listed = command("failed", "list", *site(monitor))
+    assert str(paths[2]) in listed
+    assert str(paths[1]) not in listed
+    if not running:
+        monitor.start()
+    wait_registered(monitor, [str(paths[0])])
+    write_file(paths[2], b"three")
+    command("failed", "retry", *site(monitor))
+    wait_registered(monitor, [str(paths[0]), str(paths[2])])
+    assert "No dead letters." in command("failed", "list", *site(monitor))
+
+
+def test_a_dead_letter_that_is_none_is_told(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = with_dead_letters(agent, [tmp_path / "one.txt"])
+
+    for action in ("retry", "discard"):
+        assert "0 dead letters" in command("failed", action, *site(monitor), 4711, code=1)
+    monitor.stop()
+    for action in ("retry", "discard"):
+        assert "0 dead letters" in command("failed", action, *site(monitor), 4711, code=1)
+    assert "1 of 1" in command("failed", "list", *site(monitor))
+
+
+def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path: Path) -> None:
+    odd = ["/a/[/bold]x", "/a/[red]x[/red]", "/a/\x1b[31mred", "/a/\x1b]0;title\x07", "/a/\u202egpj.exe", "/a/x\ny"]
+    monitor = agent()
+    with contextlib.closing(Publisher("[/]\x1b[2J", monitor.address)) as publisher:
+        for path in odd:
+            publisher.data_file(path)
+    client = monitor.client()
+    monitor.wait_for(lambda: files(client).get("dead") == len(odd), 10, "refused them")
+    listings = [command("failed", "list", *site(monitor))]
+    monitor.stop()
+    listings.append(command("failed", "list", *site(monitor)))
+
+    for listing in listings:
+        assert "/a/[/bold]x" in listing
+        assert "/a/[red]x[/red]" in listing
+        assert all(character.isprintable() or character == "\n" for character in listing), repr(listing)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_backfill_registers_timestreams_that_no_row_names(agent: StartAgent, tmp_path: Path, running: bool) -> None:
+    root = tmp_path / "timestreams"
+    old = timestreams(root, 30)
+    (root / "17000" / "ufm_0" / "still_written.g3").touch()
+    monitor = agent()
+    command("send", "--to", f"127.0.0.1:{monitor.udp_port}", *old[:7])
+    wait_registered(monitor, old[:7])
+    if not running:
+        assert monitor.stop() == 0
+
+    said = command("backfill", *site(monitor), "--dry-run", root)
+    assert "30 timestream files seen, 23 of them in no row; not registered: this was a dry run" in said
+    assert [line.removeprefix("no row names ") for line in said.splitlines() if "no row names" in line] == old[7:27]
+    assert "... and 3 more" in said
+    assert len(monitor.rows()) == 7
+
+    said = command("backfill", *site(monitor), root)
+    assert f"23 of them in no row; registered {'by the agent now' if running else 'when the agent starts'}" in said
+    if not running:
+        assert len(monitor.rows()) == 7
+        monitor.start()
+    wait_registered(monitor, old)
+    assert "30 timestream files seen, 0 of them in no row" in command("backfill", *site(monitor), root)
+    assert {row["archive_name"] for row in monitor.rows()} == {"timestreams"}
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_backfill_of_a_folder_that_is_not_there_is_told(agent: StartAgent, tmp_path: Path, running: bool) -> None:
+    monitor = agent()
+    wait_registered(monitor, announce(monitor, tmp_path / "data", 1))
+    if running:
+        monitor.client()
+    else:
+        monitor.stop()
+
+    assert MISSING in command("backfill", *site(monitor), tmp_path / "none", code=1)
+
+
+def test_the_options_are_enough_without_a_site_config(agent: StartAgent, tmp_path: Path) -> None:
+    paths = [tmp_path / "one.txt"]
+    monitor = with_dead_letters(agent, paths)
+    monitor.stop()
+
+    for words in (["--db-path", monitor.db_path], ["--spool-path", f"{monitor.db_path}.{INSTANCE}.spool"]):
+        assert str(paths[0]) in command("failed", "list", *words)
+
+
+def test_the_site_config_is_also_found_by_its_environment_variable(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = with_dead_letters(agent, [tmp_path / "one.txt"])
+    (tmp_path / "default.yaml").write_text(monitor.site_config.read_text())
+
+    words = ("failed", "list", "--site-host", "localhost")
+    done = run(OWN_BIN / "socs-monitor", *words, env={"OCS_CONFIG_DIR": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 of 1" in done.stdout
+
+
+def test_what_cannot_be_found_is_told(agent: StartAgent, tmp_path: Path) -> None:
+    assert "there is no spool" in command("failed", "list", "--db-path", tmp_path / "none.db", code=1)
+    assert "--site-file" in command("failed", "list", "--site-file", tmp_path / "none.yaml", code=1)
+    monitor = agent()
+    said = command("failed", "list", *site(monitor), "--instance-id", "another", code=1)
+    assert "does not tell of another" in said
+
+
+def test_an_agent_that_does_not_answer_is_told(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = agent()
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(
+        re.sub(r"(?m)^( *wamp_http): .*$", r"\1: http://127.0.0.1:1/call", monitor.site_config.read_text())
+    )
+
+    said = command("failed", "list", "--site-file", elsewhere, "--site-host", "localhost", code=1)
+    assert "does not answer over the router" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_refused_before_anything_is_touched(agent: StartAgent, tmp_path: Path) -> None:
+    as_nobody = "import os, sys; from socs_monitor import cli; os.seteuid(65534); sys.exit(cli.main(sys.argv[1:]))"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # others see what is there, as they do on a server
+        spool = Path(folder) / "spool"
+        with_dead_letters(agent, [tmp_path / "one.txt"], [["--spool-path", str(spool)]]).stop()
+        before = {path.name: path.stat().st_mtime_ns for path in spool.parent.iterdir()}
+
+        for action in ("list", "retry", "discard"):
+            done = run(sys.executable, "-c", as_nobody, "failed", action, "--spool-path", spool)
+            assert done.returncode == 1
+            assert "belongs to user 0: run this as that user" in done.stderr
+        assert {path.name: path.stat().st_mtime_ns for path in spool.parent.iterdir()} == before
+
+
+def test_an_agent_that_starts_meanwhile_waits_for_no_command(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = with_dead_letters(agent, [tmp_path / "one.txt"])
+    monitor.stop()
+    command("failed", "list", *site(monitor))
+    monitor.start()
+    client = monitor.client()
+
+    wait_until(lambda: data(client).get("files", {}).get("dead") == 1, 10, "it has its spool again")
