@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from autobahn.wamp.exception import Error as WampError
 from ocs.ocs_feed import Feed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
@@ -24,6 +25,9 @@ SESSION_FEED = "pysmurf_session_data"
 
 # Seconds that recorded data may lie in OCS's buffer.
 BUFFER_S = 1
+
+# What publishing raises for a message that OCS, the serializer or the transport does not take.
+_NOT_TAKEN = (WampError, RuntimeError, TypeError, ValueError, OverflowError)
 
 # Session messages kept while the router is away: a controller has no use for old ones.
 BACKLOG_MAX = 1000
@@ -69,7 +73,7 @@ class Feeds:
             if self._clock() - since > BACKLOG_AGE_S:
                 self._stats.unpublished["session messages: no router"] += 1
             else:
-                self._agent.publish_to_feed(SESSION_FEED, envelope, from_reactor=True)
+                self._publish(SESSION_FEED, envelope)
 
     def metadata(self, message: Metadata) -> None:
         """Publish the value of a register on its stream's feed; without a router it is dropped, and counted."""
@@ -85,7 +89,16 @@ class Feeds:
         if feed_name not in self._recorded:
             self._recorded[feed_name] = self._agent.register_feed(feed_name, record=True, buffer_time=BUFFER_S)
         block = {"block_name": name, "timestamp": message.time, "data": {name: value}}
-        self._agent.publish_to_feed(feed_name, block, from_reactor=True)
+        self._publish(feed_name, block)
+
+    def _publish(self, feed_name: str, message: dict[str, Any]) -> None:
+        try:
+            self._agent.publish_to_feed(feed_name, message, from_reactor=True)
+        except _NOT_TAKEN as error:
+            self._stats.unpublished["not taken by OCS"] += 1
+            self._stats.repeated(
+                "warn", "not taken", f"a message for feed {feed_name} could not be published: {error!r}"
+            )
 
     def flush(self) -> None:
         """Publish what lies in the buffers of the recorded feeds."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from autobahn.exception import Disconnected
+from autobahn.wamp.exception import SerializationError, TransportLost
 from twisted.internet.task import Clock as ReactorClock
 
 from socs_monitor import feeds as feeds_module
@@ -262,3 +264,21 @@ def test_a_stream_with_unusable_values_only_gets_no_feed(bench: Bench) -> None:
     bench.metadata(1, "no name/for a feed")
 
     assert [name for name, _ in bench.agent.registered] == ["pysmurf_session_data"]
+
+
+@pytest.mark.parametrize(
+    "error", [TransportLost(), Disconnected("gone"), SerializationError("odd"), OverflowError("2**64")]
+)
+def test_what_ocs_does_not_take_is_counted_and_the_next_goes_out(
+    bench: Bench, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.agent, "publish_to_feed", refuse)
+        bench.feeds.session(SessionMessage({"seq_no": 1}))
+    bench.feeds.session(SessionMessage({"seq_no": 2}))
+
+    assert bench.stats.unpublished == {"not taken by OCS": 1}
+    assert bench.agent.session_messages == [{"seq_no": 2}]
