@@ -2,13 +2,14 @@
 PYTHON ?= python3
 ENVS   := .envs
 BIN    := $(ENVS)/main/bin
-# an environment each: the router and the published agent bring dependencies that are not ours
+# an environment each: router, published agent and aggregator bring dependencies that are not ours
 READY  := $(ENVS)/main/.ready
 ROUTER := $(ENVS)/crossbar/.ready
 PEER   := $(ENVS)/socs/.ready
+READER := $(ENVS)/aggregator/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run check test unit test-docker crash fuzz soak clean
+.PHONY: help demo run check test unit test-docker crash fuzz soak bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +26,7 @@ check: $(READY) ## what CI checks besides the tests: style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY) $(ROUTER) $(PEER) ## all tests, with the package's coverage
+test: $(READY) $(ROUTER) $(PEER) $(READER) ## all tests, with the package's coverage
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest --ignore=tests/docker --cov --cov-report=term:skip-covered --cov-fail-under=90
 
@@ -41,6 +42,10 @@ crash: $(READY) $(ROUTER) ## kill it at more moments than CI has time for
 fuzz: $(READY) ## ten minutes of anything at all on the parser and the whole intake
 	$(BIN)/python -m tests.fuzz --seconds 600
 
+bench: $(READY) $(ROUTER) $(PEER) ## this agent beside the bare work and the published agent; draws the plots
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m bench
+
 soak: $(READY) $(ROUTER) $(PEER) ## a day's load with the published SupRsync, and random kills of both
 	$(BIN)/python -m tests.soak
 
@@ -52,12 +57,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
 	touch $@
 
-$(ROUTER): tests/requirements-crossbar.txt
-	$(PYTHON) -m venv $(ENVS)/crossbar
-	$(ENVS)/crossbar/bin/pip install -q --disable-pip-version-check -r $<
-	touch $@
-
-$(PEER): tests/requirements-socs.txt
-	$(PYTHON) -m venv $(ENVS)/socs
-	$(ENVS)/socs/bin/pip install -q --disable-pip-version-check -r $<
+$(ENVS)/%/.ready: tests/requirements-%.txt
+	$(PYTHON) -m venv $(ENVS)/$*
+	$(ENVS)/$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
