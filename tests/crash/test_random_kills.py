@@ -79,13 +79,14 @@ def test_what_was_acknowledged_is_registered_once(tmp_path: Path) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)
     with Worker(tmp_path) as worker:
-        for _ in range(ROUNDS):
+        for round_ in range(ROUNDS):
             worker.kill_child(chance.uniform(*chance.choice(LIVES)))
             while worker.late:
                 with contextlib.suppress(FileExistsError), open(worker.late.pop(), "xb") as file:
                     file.write(b"written by somebody else, since its sender has died")
-            times = Counter(row["local_path"] for row in rows(tmp_path / "suprsync.db"))
-            assert set(times.values()) <= {1}
+            if round_ % 20 == 0:
+                times = Counter(row["local_path"] for row in rows(tmp_path / "suprsync.db"))
+                assert set(times.values()) <= {1}
         (tmp_path / AGAIN).touch()
         worker.kill_child(0.0)
         (tmp_path / "names.new").write_text("\n".join(os.path.basename(path) for path in worker.unsure))

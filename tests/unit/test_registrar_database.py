@@ -125,13 +125,30 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, clock: Clock
     assert not chain.stats.degraded
 
 
+def move_database_away(chain: Chain) -> None:
+    for path in chain.db_path.parent.glob("suprsync.db*"):
+        path.unlink()
+
+
+def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, clock: Clock) -> None:
+    sum_ = chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    chain.step()
+    move_database_away(chain)
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+
+
 def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(chain: Chain, clock: Clock) -> None:
     for name in ("a.dat", "b.dat"):
         chain.write(name, name.encode())
         chain.accept(name)
         chain.step()
-    for path in chain.db_path.parent.glob("suprsync.db*"):
-        path.unlink()
+    move_database_away(chain)
     chain.write("c.dat", b"c.dat")
     chain.accept("c.dat")
     chain.step()
