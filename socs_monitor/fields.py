@@ -56,6 +56,8 @@ class Streams:
         self._name_rule = name_rule
         self._report = report
         self._streams: dict[str, dict[str, _Field]] = {}
+        # by field, whatever the stream: in InfluxDB an agent's streams share a measurement, and so the types of fields
+        self._kinds: dict[str, type] = {}
 
     def field(self, stream_id: str, path: str, value: object, time: float) -> tuple[str, Value]:
         """Return name and value of the field that a register is published as.
@@ -73,15 +75,14 @@ class Streams:
             raise FieldError("time out of range")
         safe = _safe(value)
         field = self._field(stream_id, path)
-        if field.kind is None:
-            field.kind = type(safe)
+        kind = self._kinds.setdefault(field.name, type(safe))
         try:
-            return field.name, convert(safe, field.kind)
+            return field.name, convert(safe, kind)
         except FieldError:
             if not field.complained:
                 field.complained = True
                 self._report(
-                    f"metadata {path!r} of stream {stream_id} was {field.kind.__name__} and now is"
+                    f"metadata {path!r} of stream {stream_id} was {kind.__name__} and now is"
                     f" {type(safe).__name__}: such values are dropped and counted, since readers cannot take both"
                 )
             raise
@@ -115,11 +116,10 @@ class Streams:
 
 
 class _Field:
-    __slots__ = ("complained", "kind", "name")
+    __slots__ = ("complained", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.kind: type | None = None
         self.complained = False
 
 
@@ -154,7 +154,7 @@ def convert(value: Value, kind: type) -> Value:
         value = _number(value)
     if kind is bool and value in (0, 1):
         return bool(value)
-    if kind is int and value == int(value):
+    if kind is int and abs(value) <= _INT_MAX and value == int(value):
         return int(value)
     if kind is float and abs(value) <= _EXACT_FLOAT:
         return float(value)
