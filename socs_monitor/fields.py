@@ -21,8 +21,9 @@ MAX_FIELDS = 2000
 MAX_STREAM_ID = 100
 MAX_PATH = 512
 
-# What a feed's address (WAMP) and a tag's value (InfluxDB) take unchanged.
-_STREAM_ID = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+# What a feed's address (WAMP) and a tag's value (InfluxDB) take unchanged. A point would make a feed that nobody hears:
+# the readers subscribe to addresses of just four components.
+_STREAM_ID = re.compile(r"[A-Za-z0-9_-]+")
 _FIELD = re.compile(r"_*[A-Za-z][A-Za-z0-9_]{0,254}")
 _FIELD_MAX = 255
 
