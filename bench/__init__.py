@@ -1,0 +1,1 @@
+"""Measures the agent beside the bare work and beside the published agent: `python -m bench`, or `make bench`."""
