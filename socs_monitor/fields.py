@@ -26,6 +26,8 @@ MAX_PATH = 512
 _STREAM_ID = re.compile(r"[A-Za-z0-9_-]+")
 _FIELD = re.compile(r"_*[A-Za-z][A-Za-z0-9_]{0,254}")
 _FIELD_MAX = 255
+# InfluxDB's own name for a sample's time, and the OCS publisher's tag.
+_RESERVED = ("time", "feed")
 
 # Unix seconds that fit InfluxDB's 64-bit nanoseconds.
 _TIME_MAX = 2**63 / 1e9
@@ -109,7 +111,7 @@ class Streams:
         name = self._name_rule(path)
         if not _FIELD.fullmatch(name):
             raise FieldError("path that makes no field name")
-        if name in taken:
+        if name in taken or name in _RESERVED:
             digest = hashlib.sha256(path.encode()).hexdigest()[:8]
             name = f"{name[: _FIELD_MAX - 9]}_{digest}"
             self._report(f"metadata {path!r} of stream {stream_id}: its field name is taken, published as {name}")
