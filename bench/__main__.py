@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Measure, and tell of it."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short round, below two minutes")
+    parser.add_argument("--quick", action="store_true", help="one short round of most cases, some two minutes")
     parser.add_argument("--plots-only", action="store_true", help="table and plots of the results that are there")
     parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="for results and plots")
     arguments = parser.parse_args()
@@ -55,6 +55,7 @@ def measure(plan: cases.Plan, console: Console) -> dict[str, Any]:
     """Run all cases and return what `results.json` holds."""
     results = cases.Results()
     began = time.monotonic()
+    facts = machine()  # before our own load
 
     def tell(what: str) -> None:
         console.print(f"{time.monotonic() - began:5.0f} s  {what}", highlight=False)
@@ -95,7 +96,7 @@ def measure(plan: cases.Plan, console: Console) -> dict[str, Any]:
         with part("grown database"):
             cases.grown(results, plan, folder, files)
         tell("done")
-    return {"machine": machine(), "rounds": plan.rounds, **results.summary()}
+    return {"machine": facts, "rounds": plan.rounds, **results.summary()}
 
 
 def machine() -> dict[str, Any]:
@@ -105,6 +106,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
+        "load_before": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
     }
 

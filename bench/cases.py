@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     bursts: Mapping[int, float | None] = {3000: None, 20_000: 100_000.0}  # count to rate
     sizes: Mapping[int, int] = {64 << 10: 1000, 1 << 20: 256, 16 << 20: 32, 256 << 20: 8}  # size to count
     sustained_s: float = 10.0
-    grown_rows: int = 1_000_000
+    grown_rows: int = 1_000_000  # 0 leaves this case out
     grown_rounds: int = 2
 
     @property
@@ -49,12 +49,11 @@ QUICK = Plan(
     large_rounds=1,
     alone=30,
     alone_peer=5,
-    idle_s=3.0,
+    idle_s=2.0,
     rates={1000: 1.5, 5000: 1.0, 10_000: 1.0},
-    sizes={64 << 10: 500, 1 << 20: 128, 16 << 20: 16, 256 << 20: 4},
+    sizes={1 << 20: 128, 256 << 20: 4},
     sustained_s=1.5,
-    grown_rows=200_000,
-    grown_rounds=1,
+    grown_rows=0,
 )
 
 
@@ -189,6 +188,7 @@ class Round:
             share = (self._systems[name].cpu_s() - cpu) / (time.monotonic() - began)
             self._idle_cpu[name] = share
             self._results.add("idle", name, cpu_share=share)
+            self._results.add("memory", name, idle_mb=self._systems[name].memory_mb())
 
     def _alone(self) -> None:
         files = self._take(self._plan.alone)
@@ -271,6 +271,8 @@ def sustained(results: Results, plan: Plan, folder: Path, files: Sequence[Messag
 def grown(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:
     """The agent's cost of a registration in a database with many rows beside that in an empty one."""
     count = int(5000 * plan.rates[5000])
+    if not plan.grown_rows:
+        return
     with agent(folder / "empty") as empty, agent(folder / "grown") as full:
         load.run(full, files[-1:], None)  # which makes the table, with its index
         with sqlite3.connect(full.db_path, timeout=30) as database:

@@ -19,7 +19,6 @@ from bench.systems import FLOOR, OURS, PEER
 # Told apart by everybody, colour-blind or not (Okabe and Ito); the marker helps on paper.
 _STYLE = {FLOOR: ("#7f7f7f", "s"), OURS: ("#0072b2", "o"), PEER: ("#d55e00", "^"), LIMIT: ("#000000", "")}
 _RATES = (200, 1000, 5000, 10_000)
-_BURSTS = (3000, 20_000)
 
 
 def draw(summary: Summary, folder: Path) -> None:
@@ -29,16 +28,24 @@ def draw(summary: Summary, folder: Path) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         make(summary, axes)
         axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
 
 
 def _loss(summary: Summary, axes: Axes) -> None:
-    cases = [f"{rate} a second" for rate in _RATES] + [f"burst of {count}" for count in _BURSTS]
-    labels = [f"{rate:,}/s" for rate in _RATES] + ["3,000\nat once", "20,000\nin 0.2 s"]
+    called = {f"{rate} a second": f"{rate:,}/s" for rate in _RATES}
+    called |= {"burst of 3000": "3,000\nat once", "burst of 20000": "20,000\nin 0.2 s"}
+    cases = [case for case in called if case in summary["cases"]]
+    labels = [called[case] for case in cases]
     _bars(summary, axes, cases, lambda case, name: _share_lost(summary, case, name), "{:.3g}")
     axes.set_xticks(range(len(labels)), labels)
-    axes.set(ylabel="registrations lost, %", ylim=(0, 112), title="Loss against rate (files of 4 KiB)")
+    axes.set(
+        ylabel="registrations lost, %",
+        ylim=(0, 125),
+        yticks=range(0, 101, 20),
+        title="Loss against rate (files of 4 KiB)",
+    )
 
 
 def _share_lost(summary: Summary, case: str, name: str) -> float | None:
@@ -69,19 +76,23 @@ def _bars(
                 color=_STYLE[name][0],
             )
             axes.bar_label(bars, [pattern.format(found) for _, found in places], padding=2, fontsize=8)
-    axes.legend(frameon=False, loc="upper left")
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(frameon=False, loc="upper left", ncols=3)
 
 
 def _latency(summary: Summary, axes: Axes) -> None:
     for case, line in (("alone", "-"), ("1000 a second", "--")):
-        for name, quantiles in summary["latency_s"].get(case, {}).items():
+        for name in (FLOOR, OURS, PEER):
+            quantiles = summary["latency_s"].get(case, {}).get(name, {})
+            if not quantiles:
+                continue
             seconds = [1000 * value for value in quantiles.values()]
             percents = [float(percent) for percent in quantiles]
             called = "alone" if case == "alone" else "at 1,000/s"
             axes.plot(seconds, percents, line, color=_STYLE[name][0], label=f"{name}, {called}")
     axes.set_xscale("log")
     axes.set(xlabel="from send to committed row, ms", ylabel="% of registrations", title="Latency distribution")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.62, 0.3))
 
 
 def _throughput(summary: Summary, axes: Axes) -> None:

@@ -27,7 +27,8 @@ def latency(summary: Summary, case: str, system: str, percent: str) -> float | N
 def table(summary: Summary) -> Table:
     """All that was measured, one quantity a line, and this agent's ratios to the others."""
     machine = summary["machine"]
-    title = f"{machine['cores']} cores, Python {machine['python']}, {machine['date']}; medians of {summary['rounds']} rounds"
+    rounds = f"{summary['rounds']} round{'s' if summary['rounds'] > 1 else ''}"
+    title = f"{machine['cores']} cores, Python {machine['python']}, {machine['date']}; medians of {rounds}"
     made = Table(title=title, title_justify="left")
     made.add_column("case", no_wrap=True)
     for column in (FLOOR, OURS, PEER, "to the floor", "to the published"):
@@ -68,6 +69,7 @@ def table(summary: Summary) -> Table:
     line("worst answer to a status call then", lambda name: median(summary, behind, name, "worst_status_s"), "s")
     made.add_section()
     line("idle", lambda name: median(summary, "idle", name, "cpu_share"), "% of a core", 100)
+    line("memory before much work", lambda name: median(summary, "memory", name, "idle_mb"), "MB")
     line("memory after all small files", lambda name: median(summary, "memory", name, "now_mb"), "MB")
     line("memory at its peak", lambda name: median(summary, "memory", name, "peak_mb"), "MB")
     return made
