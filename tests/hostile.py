@@ -35,15 +35,12 @@ _CHARGED = 2048
 _PORTION = int(Path("/proc/sys/net/core/rmem_max").read_text()) // 2
 
 
-def envelopes(folder: str = "/data/smurf_data/20240101/crate1slot2") -> list[dict[str, Any]]:
-    """One real message of every type, as the emulator makes them."""
+def envelopes(path: str = "/data/smurf_data/20240101/crate1slot2/1700000000_x.txt") -> list[dict[str, Any]]:
+    """One real message of every type, as the emulator makes them; `path` is what a data_file registers."""
     publisher = Publisher("crate1slot2:s1")
     payloads: list[tuple[Any, str]] = [
-        (
-            data_file(f"{folder}/1700000000_x.npy", file_format="npy", action="take_iv", action_ts="1700000000"),
-            "data_file",
-        ),
-        (data_file(f"{folder}/1700000000_y", file_format="npyt", timestamp=1700000000, plot=True), "data_file"),
+        (data_file(path, file_format="npy", action="take_iv", action_ts="1700000000"), "data_file"),
+        (data_file(path, file_format="txt", timestamp=1700000000, plot=True), "data_file"),
         (g3_file("/data/so/timestreams/17000/crate1slot2/1700000000_001.g3"), "g3_file"),
         ({"state": "on", "bands": [0, 1]}, "session_data"),
         ("a line", "session_log"),
@@ -83,10 +80,10 @@ def damaged() -> list[tuple[bytes, str]]:
     ]  # fmt: skip
 
 
-def odd_values() -> list[bytes]:
+def odd_values(path: str = "/data/none.txt") -> list[bytes]:
     """Real messages with each field in turn replaced by each odd value, or left out: some are messages, some not."""
     made: list[dict[str, Any]] = []
-    for envelope in envelopes():
+    for envelope in envelopes(path):
         for key in envelope:
             made.append({k: v for k, v in envelope.items() if k != key})
             made += [{**envelope, key: value} for value in ODD_VALUES]

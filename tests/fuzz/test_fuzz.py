@@ -1,0 +1,58 @@
+"""A short run of the fuzz targets; `python -m tests.fuzz` runs for as long as one likes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from socs_monitor import messages
+from socs_monitor.messages import MessageError
+from tests import hostile
+from tests.fuzz.target import CORPUS, FOLDER, check_monitor, check_parse, datagrams
+
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@settings(SETTINGS, max_examples=1000)
+@given(datagrams())
+def test_any_bytes_are_one_message_or_one_error(datagram: bytes) -> None:
+    check_parse(datagram)
+
+
+@settings(SETTINGS, max_examples=60)
+@given(st.lists(datagrams(), max_size=20))
+def test_a_monitor_takes_any_datagrams(batch: list[bytes]) -> None:
+    check_monitor(batch)
+
+
+def test_a_monitor_takes_every_message_that_is_known_to_be_odd() -> None:
+    assert check_monitor([datagram for datagram, _ in hostile.damaged()])["received"] == 0
+    assert check_monitor(hostile.odd_values(f"{FOLDER}/x.txt"))["registered"] > 10
+    traversals = hostile.traversals(f"{FOLDER}/a/b/z.g3")
+    assert check_monitor(traversals)["dead"] == len(traversals)
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.iterdir()), ids=lambda path: path.name)
+def test_what_once_did_harm_does_none(path: Path) -> None:
+    check_parse(path.read_bytes())
+    check_monitor([path.read_bytes()])
+
+
+def test_the_draw_has_messages_of_every_kind_and_every_kind_of_damage() -> None:
+    kinds: Counter[str] = Counter()
+
+    @settings(SETTINGS, max_examples=1000, database=None, derandomize=True)
+    @given(datagrams())
+    def draw(datagram: bytes) -> None:
+        try:
+            kinds[type(messages.parse(datagram)).__name__] += 1
+        except MessageError as error:
+            kinds[error.reason] += 1
+
+    draw()
+    expected = {kind.__name__ for kind in messages.Message.__args__} | {hostile.EMPTY, hostile.NOT_JSON, hostile.WRONG}
+    assert {kind for kind in kinds if kinds[kind] > 1} >= expected, kinds
