@@ -136,7 +136,10 @@ def repeated(words: Sequence[str], option: str) -> list[str]:
     of_option = False
     for word in words:
         if word.startswith("--"):
-            of_option = word == option
+            name, given, value = word.partition("=")
+            of_option = len(name) > 2 and option.startswith(name)  # argparse takes abbreviations
+            if of_option and given:
+                values.append(value)
         elif of_option:
             values.append(word)
     return values

@@ -22,7 +22,7 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
     parsed: argparse.Namespace = site_config.parse_args(agent_class=AGENT_CLASS, parser=parser, args=args)
     _, host, instance = site_config.get_config(parsed, AGENT_CLASS)
     given = sys.argv[1:] if args is None else args
-    of_site = [str(word) for argument in instance.arguments for word in _words(argument)]
+    of_site = [str(word) for word in _words(instance.arguments)]
 
     def repeated(option: str) -> list[str]:
         return options.repeated(given, option) or options.repeated(of_site, option)
@@ -36,4 +36,4 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
 
 
 def _words(argument: object) -> list[object]:
-    return argument if isinstance(argument, list) else [argument]
+    return [word for part in argument for word in _words(part)] if isinstance(argument, list) else [argument]
