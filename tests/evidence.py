@@ -7,8 +7,9 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from socs_monitor.emulator import SmurfServer
 from tests.harness import Agent, rows
@@ -43,22 +44,26 @@ def md5_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def check_registered(db_path: Path, paths: Collection[str], among: Iterable[str] = ()) -> None:
-    """Each of the files has exactly one row, with the sum of its content; and so has every other, which is of `among`.
+def check_rows(found: Sequence[Mapping[str, Any]], sums: Mapping[str, str], among: Iterable[str] = ()) -> None:
+    """Each file has exactly one row, and this has its sum.
 
     Args:
-        db_path: The database.
-        paths: Files that must be registered.
-        among: Files that may be.
+        found: All rows.
+        sums: Path and sum of the files that must be registered.
+        among: Other files that may be; their sum is that of their content.
     """
-    found = rows(db_path)
     times = Counter(row["local_path"] for row in found)
-    lost = set(paths) - set(times)
-    assert not lost, f"{len(lost)} of {len(paths)} files have no row: {sorted(lost)[:5]}"
+    lost = set(sums) - set(times)
+    assert not lost, f"{len(lost)} of {len(sums)} files have no row: {sorted(lost)[:5]}"
     assert set(times.values()) <= {1}, f"more than one row: {[path for path in times if times[path] > 1][:5]}"
-    assert set(times) <= {*paths, *among}
-    wrong = [row for row in found if row["local_md5sum"] != md5_of(row["local_path"])]
+    assert set(times) <= {*sums, *among}
+    wrong = [row for row in found if row["local_md5sum"] != (sums.get(row["local_path"]) or md5_of(row["local_path"]))]
     assert not wrong, f"{len(wrong)} rows have a wrong sum: {wrong[:3]}"
+
+
+def check_registered(db_path: Path, paths: Collection[str], among: Iterable[str] = ()) -> None:
+    """As `check_rows`, for files that are still there."""
+    check_rows(rows(db_path), {path: md5_of(path) for path in paths}, among)
 
 
 def wait_acknowledged(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:

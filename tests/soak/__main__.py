@@ -1,0 +1,260 @@
+"""`make soak`: a day's load, compressed, with the published SupRsync on the same database, and random kills of all.
+
+Exit code 0 says that every file that the agent had received is registered once, with the right sum, and archived byte
+for byte. What was sent while no agent was there to receive it is sent again, as a site would by `backfill`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from socs_monitor.emulator import FILE_MIX, Message, SmurfServer
+from tests.evidence import acknowledged, check_rows, md5_of, spool_of, spooled
+from tests.harness import PEER_BIN, Agent, Process, Router, free_udp_port, require, rows, wait_until
+from tests.socs import server_root, suprsync
+
+STREAMS = 6
+METADATA_RATE = 200  # a second
+ARCHIVES = ("smurf", "timestreams")
+DELETE_AFTER_S = 20.0
+SHOW_EVERY_S = 10.0
+
+# What an agent reads within this time (seconds) before it is killed may not have reached it or its spool.
+GRACE_S = 1.0
+
+_BEGIN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Print a line of progress with the seconds since the begin."""
+    print(f"[{time.monotonic() - _BEGIN:6.1f} s] {text}", flush=True)
+
+
+class SupRsync(Process):
+    """The published agent for one archive, which copies to a folder of this host."""
+
+    def __init__(self, folder: Path, monitor: Agent, archive: str) -> None:
+        self.archive = archive
+        self.base = folder / archive
+        self.base.mkdir()
+        instance = f"suprsync-{archive}"
+        options = {
+            "--archive-name": archive,
+            "--remote-basedir": str(self.base),
+            "--db-path": str(monitor.db_path),
+            "--suprsync-file-root": str(folder / "suprsync-files"),
+            "--delete-local-after": DELETE_AFTER_S,
+            "--files-per-batch": 500,
+            "--max-copy-attempts": 1000,  # a kill in the midst of a copy counts as one
+            "--sleep-time": 1,
+        }
+        config = yaml.safe_load(monitor.site_config.read_text())
+        arguments = [list(option) for option in options.items()]
+        config["hosts"]["localhost"]["agent-instances"] = [
+            {"agent-class": "SupRsync", "instance-id": instance, "arguments": arguments}
+        ]
+        site_config = folder / f"{instance}.yaml"
+        site_config.write_text(yaml.safe_dump(config))
+        command = [require(PEER_BIN / "ocs-agent-cli"), "--site-file", site_config, "--instance-id", instance]
+        super().__init__(command, folder / f"{instance}.log", cwd=folder)
+
+    def __str__(self) -> str:
+        return f"SupRsync for {self.archive}"
+
+
+class Soak:
+    """The load, and what is known of it.
+
+    Attributes:
+        sums: MD5 sum of each file that was sent, by the path in its row.
+        kills: How often which process was killed.
+        missed: Files that no agent was there to receive, at least once.
+    """
+
+    def __init__(self, monitor: Agent, suprsyncs: Sequence[SupRsync], seed: int) -> None:
+        self.monitor = monitor
+        self.suprsyncs = suprsyncs
+        self.sums: dict[str, str] = {}
+        self.kills = 0
+        self.missed = 0
+        self._random = random.Random(seed)
+        self._sent: dict[str, tuple[float, Message]] = {}  # not known to be acknowledged: unix time, message
+        self._again: list[Message] = []
+        self._guard = threading.Lock()
+        self._listening = time.time()
+
+    def send(self, server: SmurfServer, files: int, rate: float) -> None:
+        """Send so many files, `rate` of them a second, with metadata among them; and again what was missed."""
+        per_file = round(METADATA_RATE / rate * len(FILE_MIX))
+        mix = (*FILE_MIX, *["metadata"] * per_file)
+        messages = server.messages(files * len(mix) // len(FILE_MIX), mix)
+        in_all = rate * len(mix) / len(FILE_MIX)
+        begin = time.monotonic()
+        for number, message in enumerate(messages):
+            if (early := begin + number / in_all - time.monotonic()) > 0:
+                time.sleep(early)
+            if message.file is not None:
+                self.sums[message.file] = md5_of(message.file)
+            self._publish(message)
+            if number % 100 == 0:
+                self._publish_again()
+        wait_until(self._all_acknowledged, 60, "the agent has everything")
+
+    def _publish(self, message: Message) -> None:
+        with self._guard:
+            if message.file is not None:
+                self._sent[message.file] = (time.time(), message)
+            message.publisher.publish(message.payload, message.kind)
+
+    def _publish_again(self) -> None:
+        with self._guard:
+            again, self._again = self._again, []
+        for message in again:
+            self._publish(message)
+
+    def _all_acknowledged(self) -> bool:
+        self._publish_again()
+        have = acknowledged(self.monitor)
+        with self._guard:
+            return not self._again and all(self._is_among(message, have) for _, message in self._sent.values())
+
+    @staticmethod
+    def _is_among(message: Message, paths: set[str]) -> bool:
+        return message.file in paths or message.payload["path"] in paths  # the latter may lack its .npy
+
+    def kill_until(self, done: Callable[[], bool], every_s: float) -> None:
+        """Kill one of the processes every so many seconds on average, and start it again."""
+        while True:
+            due = time.monotonic() + self._random.expovariate(1 / every_s)
+            while time.monotonic() < due:
+                if done():
+                    return
+                time.sleep(0.05)
+            victim = self._random.choice([self.monitor, self.monitor, *self.suprsyncs])
+            self.kills += 1
+            if victim is self.monitor:
+                self._kill_monitor()
+            else:
+                victim.kill()
+                victim.start()
+
+    def _kill_monitor(self) -> None:
+        self.monitor.kill()
+        died = time.time()
+        have = acknowledged(self.monitor)
+        self.monitor.start()
+        self.monitor.wait_listening()
+        with self._guard:
+            again = {file: message for file, (_, message) in self._sent.items() if not self._is_among(message, have)}
+            early = [file for file in again if self._listening < self._sent[file][0] < died - GRACE_S]
+            assert not early, (
+                f"{len(early)} files were sent long before the kill, and are not in the spool: {early[:3]}"
+            )
+            self._sent = {}
+            self._again += again.values()
+            self._listening = time.time()
+        self.missed += len(again)
+
+    def show_for_ever(self, stop: threading.Event) -> None:
+        """Say now and then how far it is."""
+        while not stop.wait(SHOW_EVERY_S):
+            registered, archived = self.counts()
+            say(
+                f"{len(self.sums)} files sent, {registered} registered, {archived} archived; {self.kills} kills,"
+                f" {self.missed} sent again"
+            )
+
+    def counts(self) -> tuple[int, int]:
+        """Number of files that are registered, and that are archived."""
+        found = rows(self.monitor.db_path)
+        return len(found), sum(row["local_md5sum"] == row["remote_md5sum"] for row in found)
+
+
+@contextlib.contextmanager
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """A thread does `work` until the end of the block, where its argument is set; what it raises is raised there."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work, stop)
+        try:
+            yield
+        finally:
+            stop.set()
+        done.result()
+
+
+def soak(folder: Path, root: Path, args: argparse.Namespace) -> None:
+    """Do it all in scratch folders; raises AssertionError where something is not as it must be."""
+    udp_port = free_udp_port()
+    with contextlib.ExitStack() as stack:
+        router = stack.enter_context(Router(folder))
+        monitor = stack.enter_context(Agent(folder / "agent", router, udp_port=udp_port))
+        monitor.wait_listening()
+        suprsyncs = [stack.enter_context(SupRsync(folder, monitor, archive)) for archive in ARCHIVES]
+        load = Soak(monitor, suprsyncs, args.seed)
+        server = stack.enter_context(
+            SmurfServer(root, monitor.address, streams=STREAMS, sizes={"g3": 16384}, smurf_data="")
+        )
+        with meanwhile(load.show_for_ever):
+            # killed and started here: the kernel ends a process with the thread that started it
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(load.send, server, args.files, args.rate)
+                load.kill_until(sent.done, args.kill_every)
+                sent.result()
+            say("all is sent; waiting for SupRsync")
+            wait_until(lambda: load.counts() == (len(load.sums),) * 2, 600, "everything is archived")
+        assert monitor.stop() == 0
+        for process in suprsyncs:
+            process.kill()
+    check(monitor, suprsyncs, load)
+
+
+def check(monitor: Agent, suprsyncs: Sequence[SupRsync], load: Soak) -> None:
+    """Look at what is left."""
+    say("looking at every file")
+    check_rows(rows(monitor.db_path), load.sums)
+    assert set(spooled(spool_of(monitor)).values()) <= {"settling"}
+    for row in rows(monitor.db_path):
+        base = next(process.base for process in suprsyncs if process.archive == row["archive_name"])
+        content = (base / row["remote_path"]).read_bytes()
+        assert hashlib.md5(content).hexdigest() == load.sums[row["local_path"]], f"{row} differs in the archive"
+        assert row["removed"] is not None or Path(row["local_path"]).exists()
+    for process in suprsyncs:
+        after = suprsync(monitor.db_path, process.archive, process.base).after
+        assert after["uncopied_files"] == 0
+        assert abs(after["finalized_until"] - time.time()) < 60
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--files", type=int, default=30_000, help="default: %(default)s")
+    parser.add_argument("--rate", type=float, default=100.0, help="files a second; default: %(default)s")
+    parser.add_argument("--kill-every", type=float, default=10.0, help="seconds on average; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of the kills; default: random")
+    args = parser.parse_args()
+    say(f"{args.files} files, {args.rate:g} a second, seed {args.seed}")
+    with tempfile.TemporaryDirectory(prefix="socs-monitor-soak-") as folder, server_root() as root:
+        try:
+            soak(Path(folder), root, args)
+        except AssertionError as error:
+            say(f"FAILED: {error}")
+            return 1
+    say("every file is registered once and archived byte for byte")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
