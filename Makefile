@@ -9,7 +9,7 @@ PEER   := $(ENVS)/socs/.ready
 READER := $(ENVS)/aggregator/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run check test unit test-docker crash fuzz soak bench clean
+.PHONY: help demo run envs check test unit test-docker crash fuzz soak bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,8 @@ demo: $(READY) $(ROUTER) ## a real router, the real agent and an emulated SMuRF 
 
 run: $(READY) $(ROUTER) ## router and agent in the foreground on UDP 8200, database under ./var, until Ctrl-C
 	$(BIN)/python -m tests.foreground
+
+envs: $(READY) $(ROUTER) $(PEER) $(READER) ## all environments that the tests need; make -j4 envs is faster
 
 check: $(READY) ## what CI checks besides the tests: style, types, layers
 	$(BIN)/ruff check .
