@@ -28,6 +28,7 @@ def main() -> None:
     """Measure, and tell of it."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round of most cases, some two minutes")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of the main cases")
     parser.add_argument("--plots-only", action="store_true", help="table and plots of the results that are there")
     parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="for results and plots")
     arguments = parser.parse_args()
@@ -38,6 +39,8 @@ def main() -> None:
         summary = json.loads(results_path.read_text())
     else:
         plan = cases.QUICK if arguments.quick else cases.Plan()
+        if arguments.rounds:
+            plan = plan._replace(rounds=arguments.rounds)
         summary = measure(plan, console)
         results_path.write_text(json.dumps(rounded(summary), indent=1) + "\n")
     console.print(table(summary))
