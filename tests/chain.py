@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -113,6 +114,18 @@ class Chain:
         """End as a killed process does: what is in memory is gone, locks are free, nothing is written any more."""
         self.database.close()
         self.spool.close()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The registrar runs in a thread; at the end it is stopped, which takes moments."""
+        thread = threading.Thread(target=self.registrar.run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.registrar.stop()
+            thread.join(2)
+        assert not thread.is_alive()
 
     def reopen(self) -> None:
         """Crash and start."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,14 +66,10 @@ def test_run_once_handles_all_that_has_arrived_and_returns(tmp_path: Path) -> No
 def test_run_ends_when_stopped_and_goes_on_when_run_again(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     for round_ in range(3):
-        thread = threading.Thread(target=chain.registrar.run)
-        thread.start()
-        chain.write(f"{round_}.dat", b"x")
-        chain.accept(f"{round_}.dat")
-        wait_until(lambda n=round_: chain.spool.counts["settling"] == n + 1, 5, "the file is registered")
-        chain.registrar.stop()
-        thread.join(5)
-        assert not thread.is_alive()
+        with chain.running():
+            chain.write(f"{round_}.dat", b"x")
+            chain.accept(f"{round_}.dat")
+            wait_until(lambda n=round_: chain.spool.counts["settling"] == n + 1, 5, "the file is registered")
     assert list(chain.sums()) == ["0.dat", "1.dat", "2.dat"]
     chain.crash()
 

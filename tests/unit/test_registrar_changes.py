@@ -127,13 +127,8 @@ def test_stopping_leaves_a_large_file_for_the_next_run(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     large_file(chain, 4096)
     chain.accept("large.dat")
-    thread = threading.Thread(target=chain.registrar.run)
-    thread.start()
-    wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("hash")], 5, "it is being hashed")
-    chain.registrar.stop()
-    thread.join(2)
-
-    assert not thread.is_alive()
+    with chain.running():
+        wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("hash")], 5, "it is being hashed")
     assert chain.counts() == {"received": 1, "pending": 1}
     large_file(chain, 2)
     chain.registrar.run(once=True)
