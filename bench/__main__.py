@@ -8,7 +8,9 @@ import datetime
 import json
 import os
 import platform
+import signal
 import sqlite3
+import sys
 import tempfile
 import time
 import traceback
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--plots-only", action="store_true", help="table and plots of the results that are there")
     parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="for results and plots")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not without removing the files
     console = Console(width=None if os.isatty(1) else 150)
     arguments.output.mkdir(parents=True, exist_ok=True)
     results_path = arguments.output / "results.json"

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import mmap
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def _senders(
     for publisher, datagrams, sent, share in shares:
         if (child := os.fork()) == 0:
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 gc.disable()
                 _send(publisher, datagrams, sent, begin, share)
             finally:
