@@ -42,7 +42,7 @@ def datagrams() -> st.SearchStrategy[bytes]:
     envelopes = st.sampled_from(hostile.envelopes(f"{FOLDER}/x.txt"))
     values = json_values() | st.sampled_from(hostile.ODD_VALUES) | paths | nasty_text()
     odd = st.builds(_replace, envelopes, st.sampled_from(("envelope", "payload")), st.integers(0, 9), values)
-    files = st.builds(_replace_path, st.sampled_from([e for e in hostile.envelopes() if "_file" in e["type"]]), paths)
+    files = st.sampled_from(registrations())
     odd_files = st.builds(_replace, files, st.sampled_from(("envelope", "payload")), st.integers(0, 9), values)
     whole = (envelopes | odd | files | odd_files).map(_encode)
     known = st.sampled_from([path.read_bytes() for path in sorted(CORPUS.iterdir())])
@@ -70,8 +70,14 @@ def _replace(envelope: dict[str, Any], where: str, index: int, value: Any) -> di
     return {**envelope, "payload": changed} if inner is not envelope else changed
 
 
-def _replace_path(envelope: dict[str, Any], path: str) -> dict[str, Any]:
-    return {**envelope, "payload": {**envelope["payload"], "path": path}}
+def registrations() -> list[dict[str, Any]]:
+    """Well-formed registrations of everything that is in the folder of a bench."""
+    return [
+        {**envelope, "payload": {**envelope["payload"], "path": f"{FOLDER}/{name}"}}
+        for envelope in hostile.envelopes()
+        if "_file" in envelope["type"]
+        for name in _NAMES
+    ]
 
 
 def _encode(envelope: dict[str, Any]) -> bytes:
@@ -151,9 +157,13 @@ def _check_monitor(batch: Sequence[bytes], folder: str) -> dict[str, Any]:
         for datagram in batch:
             monitor.datagramReceived(datagram, ADDRESS)
         ok, text = monitor.run(session, {"test_mode": True})
+        reasons = [letter.reason for letter in monitor._spool.dead()]
     finally:
         monitor._intake.close()
     assert ok, text
+    assert not [reason for reason in reasons if "unforeseen" in reason]
+    for level in ("error", "failure", "critical"):  # dead letters that were refused are warnings
+        assert not getattr(monitor.log, level).called, getattr(monitor.log, level).call_args
     shown = session.data
     files: dict[str, Any] = shown["files"]
     assert shown["datagrams"]["total"] + sum(shown["malformed"].values()) == len(batch)

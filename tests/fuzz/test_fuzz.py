@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from socs_monitor import messages
 from socs_monitor.messages import MessageError
 from tests import hostile
-from tests.fuzz.target import CORPUS, FOLDER, check_monitor, check_parse, datagrams
+from tests.fuzz.target import CORPUS, FOLDER, check_monitor, check_parse, datagrams, registrations
 
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -32,6 +33,7 @@ def test_a_monitor_takes_any_datagrams(batch: list[bytes]) -> None:
 def test_a_monitor_takes_every_message_that_is_known_to_be_odd() -> None:
     assert check_monitor([datagram for datagram, _ in hostile.damaged()])["received"] == 0
     assert check_monitor(hostile.odd_values(f"{FOLDER}/x.txt"))["registered"] > 10
+    assert check_monitor([json.dumps(each).encode() for each in registrations()])["registered"] > 5
     traversals = hostile.traversals(f"{FOLDER}/a/b/z.g3")
     assert check_monitor(traversals)["dead"] == len(traversals)
 
