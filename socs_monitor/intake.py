@@ -197,7 +197,8 @@ class Intake:
             except messages.MessageError as error:
                 self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
             else:
-                self._enqueue(self._accept([(metas[0], incoming)]))
+                with self._flushing:  # what the writer has accepted before is on the queue before
+                    self._enqueue(self._accept([(metas[0], incoming)]))
             del metas[0]
 
     def wake(self) -> None:

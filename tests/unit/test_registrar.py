@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from socs_monitor import archive, intake
+from socs_monitor import archive, crashpoint, intake
+from socs_monitor.emulator import data_file
 from socs_monitor.finder import SMALL, retry_delay
 from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
@@ -48,6 +50,33 @@ def test_what_the_spool_holds_comes_first_and_in_order(chain: Chain) -> None:
         pass
     assert list(chain.sums()) == [*names, "new.dat"]
     assert chain.sums() == {name: md5(name.encode()) for name in names} | {"new.dat": md5(b"new")}
+
+
+def test_what_is_put_on_the_queue_while_the_writer_is_at_work_overtakes_nothing(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted, go_on = threading.Event(), threading.Event()
+
+    def reach(point: str) -> None:
+        if point == "spooled" and threading.current_thread() is writer:
+            accepted.set()
+            go_on.wait(5)
+
+    monkeypatch.setattr(crashpoint, "reach", reach)
+    sums = {name: chain.write(name, name.encode()) for name in ("a.dat", "b.dat")}
+    writer = threading.Thread(target=chain.accept, args=("a.dat",))
+    taker = threading.Thread(target=chain.registrar.step, args=(0.0,))
+    writer.start()
+    accepted.wait(5)
+    chain.queue.put({**data_file(str(chain.path("b.dat")), action="act", action_ts="1"), "pub_id": "somebody"})
+    taker.start()
+    taker.join(0.2)  # it may have to wait for the writer
+    go_on.set()
+    writer.join()
+    taker.join()
+    while chain.step():
+        pass
+    assert chain.sums() == sums
 
 
 def test_run_once_handles_all_that_has_arrived_and_returns(tmp_path: Path) -> None:
