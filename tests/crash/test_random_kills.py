@@ -65,12 +65,15 @@ class Worker(Process):
         return self._child
 
     def kill_child(self, after_s: float) -> None:
-        """Kill the next child some time after it began, and read all that it wrote down."""
+        """Kill the next child some time after it began, read all that it wrote down, and write what it owes."""
         child = self.wait_for(self.child, 20, "began")
         time.sleep(after_s)  # the random moment
         deaths = self.deaths
         os.kill(child, signal.SIGKILL)
         self.wait_for(lambda: (self.read(), self.deaths > deaths)[1], 20, "was killed")
+        while self.late:
+            with contextlib.suppress(FileExistsError), open(self.late.pop(), "xb") as file:
+                file.write(b"written by somebody else, since its sender has died")
 
 
 @pytest.mark.timeout(120 + ROUNDS)
@@ -81,9 +84,6 @@ def test_what_was_acknowledged_is_registered_once(tmp_path: Path) -> None:
     with Worker(tmp_path) as worker:
         for round_ in range(ROUNDS):
             worker.kill_child(chance.uniform(*chance.choice(LIVES)))
-            while worker.late:
-                with contextlib.suppress(FileExistsError), open(worker.late.pop(), "xb") as file:
-                    file.write(b"written by somebody else, since its sender has died")
             if round_ % 20 == 0:
                 times = Counter(row["local_path"] for row in rows(tmp_path / "suprsync.db"))
                 assert set(times.values()) <= {1}

@@ -73,9 +73,10 @@ class Child:
         self.chain.write(name, self.content())
 
     def growing(self, name: str) -> None:
-        self.plain(name)
-        say("change", self.chain.path(name))
         begin = time.monotonic()
+        self.plain(name)
+        time.sleep(self.random.random() * SETTLE_S / 6)  # its row is there, or not
+        say("change", self.chain.path(name))
         self.chain.write(name, self.content() * 2)
         if time.monotonic() < begin + SETTLE_S / 2:  # else it may have been too slow to be noticed
             say("ack", self.chain.path(name))

@@ -29,6 +29,7 @@ STREAMS = 6
 METADATA_RATE = 200  # a second
 ARCHIVES = ("smurf", "timestreams")
 DELETE_AFTER_S = 20.0
+SUPRSYNC_RATE = 10.0  # files a second that it copies at the least
 SHOW_EVERY_S = 10.0
 
 # What an agent reads within this time (seconds) before it is killed may not have reached it or its spool.
@@ -214,7 +215,8 @@ def soak(folder: Path, root: Path, args: argparse.Namespace) -> None:
                 load.kill_until(sent.done, args.kill_every)
                 sent.result()
             say("all is sent; waiting for SupRsync")
-            wait_until(lambda: load.counts() == (len(load.sums),) * 2, 600, "everything is archived")
+            deadline_s = 120 + len(load.sums) / SUPRSYNC_RATE
+            wait_until(lambda: load.counts() == (len(load.sums),) * 2, deadline_s, "everything is archived")
         assert monitor.stop() == 0
         for process in suprsyncs:
             process.kill()
