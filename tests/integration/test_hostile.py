@@ -349,7 +349,7 @@ def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_pa
     assert data(client)["refused"] == {"spool": refused}
 
     client.run.start()
-    monitor.wait_for(lambda: files(client)["registered"] == sent - refused, 30, "registered what it kept")
+    monitor.wait_for(lambda: files(client)["registered"] == sent - refused, 60, "registered what it kept")
     monitor.wait_for(lambda: data(client)["degraded"] == {}, 10, "is well again")
     assert client.run.status().session["degraded"] is False
     assert data(client)["refused"] == {"spool": refused}
