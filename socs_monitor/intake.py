@@ -103,6 +103,9 @@ class Intake:
         with self._putting:
             if self._bytes_put - self._bytes_written > INBOX_MAX:
                 self._stats.refused["spool"] += 1
+                self._stats.trouble(
+                    "intake", "more registrations come than the spool takes: some are refused, and lost"
+                )
                 return
             self._bytes_put += len(incoming.message)
             self._inbox.append((meta, incoming))
@@ -124,6 +127,8 @@ class Intake:
                     return False
                 self._bytes_written += sum(len(incoming.message) for _, incoming in batch)
                 self._stats.cured("spool", "the spool can be written again")
+                if not self.overloaded:
+                    self._stats.cured("intake", "no registration is refused any more")
         return True
 
     def _accept(self, batch: list[tuple[Meta, Incoming]]) -> list[Registration]:

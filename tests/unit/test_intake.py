@@ -258,10 +258,13 @@ def test_what_is_kept_in_memory_has_a_limit(impatient: Front, monkeypatch: pytes
             overloaded.append(front.intake.overloaded)
     assert overloaded == [False, True, True, True, True, True]
     assert front.stats.refused == {"spool": 2}
+    assert sum("some are refused" in line for line in front.said) == 1
     front.intake.flush()
 
     assert front.take() == [0, 1, 2, 3]
     assert not front.intake.overloaded
+    assert "no registration is refused any more" in front.said
+    assert not front.stats.degraded
 
 
 def test_a_spool_that_fails_while_a_plain_dict_is_adopted_loses_nothing(impatient: Front) -> None:
