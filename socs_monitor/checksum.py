@@ -47,7 +47,7 @@ class Checksum(NamedTuple):
     fingerprint: Fingerprint
 
 
-def _open(path: str, roots: Sequence[str]) -> tuple[int, os.stat_result]:
+def _open(path: str, roots: Sequence[str], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
     try:
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -59,11 +59,20 @@ def _open(path: str, roots: Sequence[str]) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(status.st_mode):
             raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
         alias = f"/proc/self/fd/{handle}"
-        if roots and not _is_below(target := os.readlink(alias), roots):
+        target = os.readlink(alias)
+        if roots and not _is_below(target, roots):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
+        # closing a descriptor of a file that SQLite has open here would drop all of its locks (POSIX)
+        if target.startswith(own) or (status.st_nlink > 1 and _is_one_of(status, own)):
+            raise FileRefusedError(f"{path} is {target}, a file of the monitor's own databases")
         return os.open(alias, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), status
     finally:
         os.close(handle)
+
+
+def _is_one_of(status: os.stat_result, own: tuple[str, ...]) -> bool:
+    names = [name + suffix for name in own for suffix in ("", "-wal", "-shm")]
+    return any(os.path.samestat(status, os.stat(name)) for name in names if os.path.exists(name))
 
 
 def _is_below(path: str, roots: Sequence[str]) -> bool:
@@ -82,7 +91,11 @@ def _kind(mode: int) -> str:
 
 
 def checksum(
-    path: str, roots: Sequence[str] = (), at_most: int | None = None, stopped: Callable[[], bool] = lambda: False
+    path: str,
+    roots: Sequence[str] = (),
+    at_most: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    own: tuple[str, ...] = (),
 ) -> Checksum | None:
     """Hash a file.
 
@@ -91,6 +104,8 @@ def checksum(
         roots: Absolute, resolved folders; where there are any, a file outside of them is refused.
         at_most: Leave a file of more bytes alone.
         stopped: Asked between two chunks whether to give up.
+        own: Resolved paths of SQLite databases that this process has open; these, their journals and whatever else
+            begins with their names are refused.
 
     Returns:
         The sum, or None for a file larger than `at_most`.
@@ -100,7 +115,7 @@ def checksum(
         StoppedError: If `stopped` said so.
         OSError: If the file is missing or cannot be read.
     """
-    file, status = _open(path, roots)
+    file, status = _open(path, roots, own)
     try:
         size = status.st_size
         if at_most is not None and size > at_most:

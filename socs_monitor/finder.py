@@ -27,12 +27,14 @@ class Policy:
 
     Attributes:
         data_roots: Absolute, resolved folders; a file outside of all of them is refused. Empty: any file is taken.
+        own: Resolved paths of the database and the spool, which no registration may name.
         hash_workers: Number of large files hashed at a time.
         settle_after: Seconds from the row's commit to the second look at the file.
         give_up_after: Seconds for which a missing or unreadable file is looked for.
     """
 
     data_roots: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     hash_workers: int = 2
     settle_after: float = 5.0
     give_up_after: float = 3600.0
@@ -60,7 +62,7 @@ def look(
     try:
         for entry in archive.candidates(registration):
             try:
-                found = checksum(entry.local_path, policy.data_roots, at_most, stopped)
+                found = checksum(entry.local_path, policy.data_roots, at_most, stopped, policy.own)
             except (FileNotFoundError, NotADirectoryError) as error:
                 missing = missing or error
             else:

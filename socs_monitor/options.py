@@ -155,6 +155,7 @@ def policy(args: argparse.Namespace) -> Policy:
     """How files are treated."""
     return Policy(
         data_roots=tuple(os.path.realpath(root) for root in getattr(args, "data_root", ())),
+        own=(os.path.realpath(args.db_path), os.path.realpath(spool_path(args))),
         hash_workers=getattr(args, "hash_workers", Policy.hash_workers),
         give_up_after=getattr(args, "give_up_after", Policy.give_up_after),
     )

@@ -6,6 +6,7 @@ The unit tests drive it step by step with a clock of their own; the worker of th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -94,7 +95,8 @@ class Chain:
         self.files = folder / "files"
         self.clock = clock
         self.said: list[tuple[str, str]] = []
-        self._policy = Policy() if policy is None else policy
+        own = (os.path.realpath(self.db_path), os.path.realpath(self.spool_path))
+        self._policy = dataclasses.replace(policy or Policy(), own=own)
         self.open()
 
     def open(self) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from socs_monitor import spoolfile, suprsync
+from socs_monitor.emulator import data_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 
 
@@ -157,3 +162,37 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     clock.advance(SETTLE_S)
     chain.step()
     assert chain.counts() == {"received": 3, "settled": 3}
+
+
+_COUNT = """
+import contextlib, sqlite3, sys
+with contextlib.closing(sqlite3.connect(sys.argv[1])) as connection:
+    print(*connection.execute("SELECT count(*) FROM supersync_v0").fetchone())
+"""
+
+
+def rows_for_others(chain: Chain) -> int:
+    """Number of rows that another program sees. If it thinks that it is the last one, it removes the journal."""
+    done = subprocess.run([sys.executable, "-c", _COUNT, chain.db_path], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_registration_that_names_our_own_databases_does_no_harm(chain: Chain, linked: bool) -> None:
+    chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    chain.step()
+    named = [Path(f"{path}{suffix}") for path in (chain.db_path, chain.spool_path) for suffix in ("", "-wal", "-shm")]
+    for path in named:
+        if linked:
+            os.link(path, chain.path(path.name))
+        payload = data_file(str(chain.path(path.name) if linked else path), timestamp=1, action="x", action_ts="1")
+        chain.accept_datagram({"id": "x", "type": "data_file", "payload": payload})
+    chain.step()
+    assert [(name, refused) for name, _, refused in chain.dead_letters()] == [(path.name, True) for path in named]
+
+    assert rows_for_others(chain) == 1
+    chain.write("b.dat", b"b")
+    chain.accept("b.dat")
+    chain.step()
+    assert rows_for_others(chain) == 2
