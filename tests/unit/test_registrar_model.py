@@ -269,6 +269,7 @@ class Machine(RuleBasedStateMachine):
         self.refuse_a_name(refuse=False)
         self.chain.intake.flush()
         self.required |= self.unspooled
+        self.unspooled.clear()  # another database later owes nothing to what was settled here
         for name in NAMES:
             if name not in self.disk:
                 self.write(name, b"late", grows=False)
