@@ -231,25 +231,20 @@ class Registrar:
 
     def _hash(self) -> None:
         """Hash small files at once and have the pool hash the others; sort what came out."""
-        hashed: list[Hashed] = []
-        failures: list[Failure] = []
+        results: list[Hashed | Failure] = []
         while self._work:
             registration = self._work.popleft()
             found = look(registration, self._policy, SMALL, self._stopping.is_set)
-            if isinstance(found, Hashed):
-                hashed.append(found)
-            elif isinstance(found, Failure):
-                failures.append(found)
+            if found is not None:
+                results.append(found)
             elif registration.id not in self._in_pool:
                 self._in_pool.add(registration.id)
                 self._pool.submit(self._look_in_pool, registration)
         while self._pooled:
-            found = self._pooled.popleft()
-            self._in_pool.discard(found.registration.id)
-            if isinstance(found, Hashed):
-                hashed.append(found)
-            else:
-                failures.append(found)
+            results.append(self._pooled.popleft())
+            self._in_pool.discard(results[-1].registration.id)
+        hashed = [result for result in results if isinstance(result, Hashed)]
+        failures = [result for result in results if isinstance(result, Failure)]
         crashpoint.reach("hashed")
         if hashed:
             self._unwritten.append(hashed)
@@ -293,7 +288,6 @@ class Registrar:
         self._spool.wait(failures)
         for failure in failures:
             heapq.heappush(self._waiting, (failure.due or 0.0, failure.registration.id))
-        for failure in failures:
             if failure.registration.attempts == 1:
                 self._stats.repeated("info", "waiting", f"waiting for a file that cannot be read yet: {failure.reason}")
 
