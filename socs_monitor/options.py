@@ -9,14 +9,11 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from socs_monitor import spool
+from socs_monitor.defaults import DB_PATH, INSTANCE, UDP_PORT
 from socs_monitor.finder import Policy
 from socs_monitor.udp import BUFFER
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-INSTANCE = "pysmurf-monitor"
-DB_PATH = "/data/so/databases/suprsync.db"
-UDP_PORT = 8200
 
 
 def _boolean(text: str) -> bool:

@@ -38,6 +38,8 @@ DEAD = "dead"
 # load that never pauses the checkpoints of `sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
 
+_LOOK_S = 0.05  # `is_locked` has the lock for microseconds: who finds it taken tries once more
+
 _BUSY_TIMEOUT_S = 5.0  # only `sync`'s connection and a person's tools can be in the way, for milliseconds
 
 _SCHEMA = f"""
@@ -85,7 +87,11 @@ def take_lock(path: str) -> IO[bytes]:
     except OSError as error:
         raise SpoolError(f"cannot open the spool {path}: {error}") from error
     try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_S)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock_file.close()
         raise SpoolBusyError(
@@ -93,6 +99,16 @@ def take_lock(path: str) -> IO[bytes]:
             " give this one an --instance-id or a --spool-path of its own"
         ) from error
     return lock_file
+
+
+def is_locked(path: str) -> bool:
+    """Whether a process has the spool, without being in its way; raises `OSError` if that cannot be seen."""
+    with open(path + ".lock", "rb") as lock_file:
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def connect(path: str) -> sqlite3.Connection:
