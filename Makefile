@@ -4,12 +4,13 @@ ENVS   := .envs
 BIN    := $(ENVS)/main/bin
 # an environment each: router, published agent and aggregator bring dependencies that are not ours
 READY  := $(ENVS)/main/.ready
+WRITER := $(ENVS)/main/.docs
 ROUTER := $(ENVS)/crossbar/.ready
 PEER   := $(ENVS)/socs/.ready
 READER := $(ENVS)/aggregator/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run envs check test unit test-docker crash fuzz soak bench clean
+.PHONY: help demo run envs check test unit test-docker docs crash fuzz soak bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ unit: $(READY) ## the tests that need no other process
 test-docker: $(READY) ## build the images, bring compose up, send files through it
 	$(BIN)/python -m pytest tests/docker
 
+docs: $(WRITER) ## the documentation, into build/docs; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+
 crash: $(READY) $(ROUTER) ## kill it at more moments than CI has time for
 	SOCS_MONITOR_CRASH_ROUNDS=5000 $(BIN)/python -m pytest --timeout=7200 tests/crash
 
@@ -57,6 +61,10 @@ clean: ## remove the environments and ./var
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(ENVS)/main
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(WRITER): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 $(ENVS)/%/.ready: tests/requirements-%.txt
