@@ -170,6 +170,21 @@ def encode_file(meta: JSON) -> str:
     return text
 
 
+def envelope_of(datagram: bytes | str) -> JSON:
+    """Return the envelope of a datagram whose payload `parse` refused; empty where there is none."""
+    try:
+        envelope = from_json(datagram)
+    except (ValueError, TypeError):
+        return {}
+    return envelope if isinstance(envelope, dict) else {}
+
+
+def stream_of(publisher: str) -> str:
+    """Return the stream id of a publisher's: what follows the first colon, or all of it."""
+    _, colon, stream_id = publisher.partition(":")
+    return stream_id if colon else publisher
+
+
 def brief(text: str, most: int = 300) -> str:
     """Return what a sender wrote as a person is shown it: one line of at most `most` characters, none of control."""
     shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -200,9 +215,7 @@ def _metadata(envelope: JSON) -> Metadata:
     sent = envelope.get("time")
     if not isinstance(sent, (int, float)) or not _is_time(sent):
         raise MessageError("wrong or missing field", "time: not a time in unix seconds")
-    publisher = envelope["id"]
-    _, colon, stream_id = publisher.partition(":")
-    return Metadata(envelope, stream_id if colon else publisher, payload["path"], payload["value"], float(sent))
+    return Metadata(envelope, stream_of(envelope["id"]), payload["path"], payload["value"], float(sent))
 
 
 def _is_time(value: object) -> bool:
