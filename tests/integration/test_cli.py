@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from socs_monitor import cli
+from socs_monitor.defaults import INSTANCE
 from socs_monitor.emulator import Publisher
-from socs_monitor.options import INSTANCE
 from tests.chain import write_file
 from tests.evidence import acknowledged
 from tests.harness import OWN_BIN, Agent, wait_until
@@ -249,12 +249,15 @@ def test_an_agent_that_does_not_answer_is_told(agent: StartAgent, tmp_path: Path
     )
 
     said = command("failed", "list", "--site-file", elsewhere, "--site-host", "localhost", code=1)
-    assert "does not answer over the router" in said
+    assert "the router does not answer" in said
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_is_refused_before_anything_is_touched(agent: StartAgent, tmp_path: Path) -> None:
-    as_nobody = "import os, sys; from socs_monitor import cli; os.seteuid(65534); sys.exit(cli.main(sys.argv[1:]))"
+    as_nobody = (
+        "import os, sys; from socs_monitor import cli; from socs_monitor.commands import failed; "
+        "os.seteuid(65534); sys.exit(cli.main(sys.argv[1:]))"
+    )
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # others see what is there, as they do on a server
         spool = Path(folder) / "spool"
