@@ -21,7 +21,10 @@ AGENT = "ocs-pysmurf-monitor"
 ROUTER = "ocs-crossbar"
 HEALTH = ["python3", "/usr/local/lib/socs-monitor/healthcheck.py"]
 # Whatever this shell or a .env has for a real system must not reach into the tests.
-DEFAULTS = {"CB_HOST": "127.0.0.1", "SOCS_TAG": "latest", "OCS_CONFIG_DIR": "./docker/config", "DATA_DIR": "/data"}
+DEFAULTS = {
+    **{"CB_HOST": "127.0.0.1", "SOCS_TAG": "latest", "OCS_CONFIG_DIR": "./docker/config", "DATA_DIR": "/data"},
+    **{"INFLUXDB_PASSWORD": "", "GRAFANA_PASSWORD": ""},
+}
 
 
 def fault_of_engine() -> str | None:
@@ -52,7 +55,7 @@ class System:
         config_dir = folder / "config"
         config_dir.mkdir()
         config = yaml.safe_load((ROOT / "docker" / "config" / "default.yaml").read_text())
-        (instance,) = config["hosts"]["ocs-docker"]["agent-instances"]
+        instance = config["hosts"]["ocs-docker"]["agent-instances"][0]
         instance["arguments"] = [
             [*pair] for pair in (dict(instance["arguments"]) | {"--udp-port": self.udp_port}).items()
         ]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +24,16 @@ pytestmark = pytest.mark.timeout(900)
 BOTH_ARCHIVES = ("npy", "png", "txt", "tune", "g3")
 
 
-def test_documented_service(engine: None) -> None:
-    command = ["docker", "compose", "--env-file", ".env.example", "config", "--format", "json"]
+def config(*options: str) -> dict[str, Any]:
+    """What compose makes of its file, with these options of its own."""
+    command = ["docker", "compose", "--env-file", ".env.example", *options, "config", "--format", "json"]
     env = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
-    services = json.loads(subprocess.check_output(command, cwd=ROOT, env=env))["services"]
+    done: dict[str, Any] = json.loads(subprocess.check_output(command, cwd=ROOT, env=env))
+    return done
+
+
+def test_documented_service(engine: None) -> None:
+    services = config()["services"]
     agent = services[AGENT]
     assert agent["container_name"] == AGENT
     assert agent["hostname"] == "ocs-docker"
@@ -51,6 +58,31 @@ def test_env_example_holds_the_defaults(engine: None) -> None:
     with_example = subprocess.check_output([*command[:2], "--env-file", ".env.example", "config"], cwd=ROOT, env=env)
     without = subprocess.check_output([*command[:2], "--env-file", os.devnull, "config"], cwd=ROOT, env=env)
     assert with_example == without
+
+
+def test_profile_monitoring_adds_three_services_that_nobody_else_reaches(engine: None) -> None:
+    plain, monitoring = config(), config("--profile", "monitoring")
+    assert "volumes" not in plain
+    assert set(monitoring["volumes"]) == {"influxdb", "grafana"}
+    services = monitoring["services"]
+    added = {name: services.pop(name) for name in ("ocs-influxdb", "ocs-influxdb-publisher", "ocs-grafana")}
+    assert services == plain["services"]
+    for name, service in added.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["mem_limit"], name
+        assert re.fullmatch(r"socs-monitor:latest|[a-z/]+:\d+\.\d+\.\d+", service["image"]), name
+        assert {port["host_ip"] for port in service.get("ports", [])} <= {"127.0.0.1"}, name
+    assert all(volume.get("read_only") for volume in added["ocs-grafana"]["volumes"] if volume["type"] == "bind")
+
+
+@pytest.mark.parametrize("service", ["ocs-influxdb", "ocs-grafana"])
+def test_monitoring_does_not_start_without_a_password(engine: None, service: str) -> None:
+    name, _, script = config("--profile", "monitoring")["services"][service]["entrypoint"]
+    done = subprocess.run([name, "-c", script.replace("$$", "$")], env={}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"set \w+_PASSWORD in \.env\n", done.stdout)
 
 
 def test_files_become_rows(system: System) -> None:
