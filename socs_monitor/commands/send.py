@@ -17,7 +17,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
         "Announce files to the agent as pysmurf does. The agent reads them itself: they must be visible to it under"
-        " the same path. Files named *.g3 go to the archive timestreams, all others to smurf."
+        " the same path. Those whose names end with .g3 go to the archive timestreams, all others to smurf."
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--to", type=_address, default=_TO, metavar="HOST:PORT", help="default: %(default)s")
