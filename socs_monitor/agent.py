@@ -97,7 +97,7 @@ class PysmurfMonitor(DatagramProtocol):
     @functools.cached_property
     def _spool(self) -> Spool:
         size = getattr(self._args, "spool_size", MAX_BYTES)
-        return Spool(options.spool_path(self._args), self._stats.warn, size)
+        return Spool(options.spool_path(self._args), self._stats.reporter("warn", "spool"), size)
 
     @functools.cached_property
     def _intake(self) -> Intake:
@@ -109,7 +109,7 @@ class PysmurfMonitor(DatagramProtocol):
             self.db_path,
             create_table=getattr(self._args, "create_table", True),
             echo=self.echo_sql,
-            report=self._stats.warn,
+            report=self._stats.reporter("warn", "database"),
         )
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
         return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), debug)
@@ -134,18 +134,19 @@ class PysmurfMonitor(DatagramProtocol):
     def _listen(self) -> udp.Receiver:
         args = self._args
         receiver = udp.Receiver(
-            args.udp_port, self, args.udp_host, reactor, buffer=args.udp_buffer, report=self._stats.warn
+            args.udp_port, self, args.udp_host, reactor, buffer=args.udp_buffer, report=self._stats.repeated
         )
-        receiver.startListening()  # type: ignore[no-untyped-call]
+        receiver.startListening()
         if receiver.buffer < args.udp_buffer:
-            self._stats.warn(
-                f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {args.udp_buffer}: a burst"
-                f" may be lost. On the host: sysctl -w net.core.rmem_max={args.udp_buffer}"
-            )
+            text = f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {args.udp_buffer}"
+            advice = f"On the host: sysctl -w net.core.rmem_max={args.udp_buffer}"
+            self._stats.log("warn", "socket", f"{text}: a burst may be lost. {advice}", buffer=receiver.buffer)
         if not args.data_root:
-            self._stats.warn(
+            self._stats.log(
+                "warn",
+                "configuration",
                 "no --data-root: any file that a sender names is registered, and SupRsync may delete it. Name the"
-                " folders in which files are written, e.g. --data-root /data"
+                " folders in which files are written, e.g. --data-root /data",
             )
         return receiver
 
@@ -233,9 +234,9 @@ class PysmurfMonitor(DatagramProtocol):
             try:
                 self._registrar.run()
                 return
-            except Exception:  # noqa: BLE001 (nobody is there at night to start the process again)
-                reason = f"unforeseen error, going on in {_RESTART_S:.0f} s; please report it: {traceback.format_exc()}"
-                self._stats.trouble("unforeseen", reason)
+            except Exception as error:  # noqa: BLE001 (nobody is there at night to start the process again)
+                reason = f"unforeseen error {error!r}, going on in {_RESTART_S:.0f} s; please report it"
+                self._stats.trouble("unforeseen", reason, traceback=traceback.format_exc())
                 self._registrar.sleep(_RESTART_S)
                 self._stats.cured("unforeseen", "going on after an unforeseen error")
 

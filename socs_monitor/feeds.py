@@ -48,7 +48,7 @@ class Feeds:
         self._stats = stats
         self._clock = clock
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
-        self._streams = Streams(Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "metadata", text))
+        self._streams = Streams(Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "field", text))
         self._recorded: dict[str, Any] = {}
         agent.register_feed(SESSION_FEED)
 
@@ -85,6 +85,7 @@ class Feeds:
         except FieldError as error:
             self._stats.unpublished[f"metadata: {error.reason}"] += 1
             return
+        self._stats.streams.metadata(message.stream_id)
         feed_name = f"{message.stream_id}_meta"
         if feed_name not in self._recorded:
             self._recorded[feed_name] = self._agent.register_feed(feed_name, record=True, buffer_time=BUFFER_S)
@@ -97,7 +98,7 @@ class Feeds:
         except _NOT_TAKEN as error:
             self._stats.unpublished["not taken by OCS"] += 1
             self._stats.repeated(
-                "warn", "not taken", f"a message for feed {feed_name} could not be published: {error!r}"
+                "warn", "not_published", f"a message for a feed could not be published: {error!r}", feed=feed_name
             )
 
     def flush(self) -> None:

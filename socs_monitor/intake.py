@@ -200,7 +200,7 @@ class Intake:
             try:
                 incoming = Incoming(self._clock(), "file_queue", messages.encode_file(metas[0]))
             except messages.MessageError as error:
-                self._stats.problem("error", f"no registration on file_queue, dropped: {error}")
+                self._stats.repeated("warn", "refused", f"no registration on file_queue, dropped: {error}")
             else:
                 with self._flushing:  # what the writer has accepted before is on the queue before
                     self._enqueue(self._accept([(metas[0], incoming)]))

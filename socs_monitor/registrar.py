@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from socs_monitor import crashpoint
+from socs_monitor import crashpoint, events
 from socs_monitor.checksum import Fingerprint, StoppedError
 from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.intake import BATCH, Intake
-from socs_monitor.spool import Failure, Registration, Spool
+from socs_monitor.spool import SETTLING, Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
-from socs_monitor.stats import Stats
+from socs_monitor.stats import GIVEN_UP_S, Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
 
 # A file that changes again and again is registered again ever more rarely, at the longest after this.
@@ -143,6 +143,7 @@ class Registrar:
             self._block()
             return False
         except DatabaseUnavailableError as error:
+            self._stats.writes.errors += 1
             self._stats.trouble("database", f"{error}. Registrations are kept in the spool until it works again")
             self._block()
             return False
@@ -223,8 +224,8 @@ class Registrar:
                 else:
                     delay = self._unstable.get(registration.id, self._policy.settle_after)
                     self._unstable[registration.id] = min(2 * delay, SETTLE_MAX_S)
-                    text = f"{entry.local_path} changed after it was registered, hashing it again"
-                    self._stats.repeated("info", "changed", text)
+                    text = "a file changed after it was registered, hashing it again"
+                    self._stats.repeated("info", "changed", text, path=entry.local_path)
                     self._work.append(registration)
         if settled:
             self._owe(self._spool.remove, settled)
@@ -289,21 +290,24 @@ class Registrar:
         for failure in failures:
             heapq.heappush(self._waiting, (failure.due or 0.0, failure.registration.id))
             if failure.registration.attempts == 1:
-                self._stats.repeated("info", "waiting", f"waiting for a file that cannot be read yet: {failure.reason}")
+                text = f"waiting for a file that cannot be read yet: {failure.reason}"
+                self._stats.repeated("info", "waiting", text, id=failure.registration["pub_id"])
 
     def _bury(self, failures: list[Failure]) -> None:
         self._spool.bury(failures)
         for registration, reason, _, refused in failures:
             if refused:
                 text = f"registration {registration.id} was refused, a dead letter: {reason}"
-                self._stats.repeated("warn", "refused", text)
+                self._stats.repeated("warn", "refused", text, id=registration["pub_id"], path=registration["path"])
             else:
                 text = f"registration {registration.id} became a dead letter: {reason}. See the task retry_failed"
-                self._stats.repeated("error", "given up", text)
+                self._stats.repeated("error", "given_up", text, id=registration["pub_id"], path=registration["path"])
+                self._stats.alarm("given up", text, GIVEN_UP_S)
 
     def _write(self) -> None:
         """Write the first batch that is unwritten; a row that the database refuses does not hold up the others."""
         batch = self._unwritten[0]
+        begin = time.perf_counter()
         try:
             self._database.register([HashedFile(hashed.entry, hashed.checksum.md5) for hashed in batch])
         except RowRefusedError as error:
@@ -315,20 +319,23 @@ class Registrar:
             else:
                 self._unwritten.extendleft([hashed] for hashed in reversed(batch))
             return
+        self._stats.writes.wrote(time.perf_counter() - begin)
         crashpoint.reach("committed")
         self._unwritten.popleft()
         self._stats.cured("database", "the database can be written again")
+        first = [hashed.registration["pub_id"] for hashed in batch if hashed.registration.state != SETTLING]
+        self._stats.registered(len(batch), first, batch[-1].entry.local_path)
         self._owe(self._spool.settling, [hashed.registration for hashed in batch])
         due = self._clock() + max(
             self._unstable.get(hashed.registration.id, self._policy.settle_after) for hashed in batch
         )
         heapq.heappush(self._settling, (due, next(self._serial), batch))
-        last = batch[-1].entry.local_path
-        self._stats.last_file = last
-        self._stats.info(f"registered {len(batch)} files, the last one {last}")
         if self._debug is not None:
-            for _, entry, found in batch:
-                self._debug(f"registered {entry.local_path} ({found.md5}) as {entry.archive_name}:{entry.remote_path}")
+            for registration, entry, found in batch:
+                where = {"path": entry.local_path, "archive": entry.archive_name, "remote": entry.remote_path}
+                self._debug(
+                    events.line("registered", "registered", {"id": registration["pub_id"], **where, "md5": found.md5})
+                )
         if self._database.identity != self._database_identity:
             # another file than before: what was committed to that one is not in this one
             if self._database_identity is not None:

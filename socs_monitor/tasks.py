@@ -103,7 +103,7 @@ class Tasks:
             return False, str(error)
         missing = 0 if ids is None else len(set(ids)) - changed
         message = f"{changed} dead letters {what}" + (f", {missing} ids are no dead letters." if missing else ".")
-        self._stats.info(message)
+        self._stats.log("info", "dead_letters", message, count=changed)
         return not missing, message
 
     @ocs_agent.param("root", type=str)  # type: ignore[untyped-decorator]
@@ -142,5 +142,5 @@ class Tasks:
             return False, f"backfill of {root}: {error}"
         verb = "would be" if dry_run else "are being"
         message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
-        self._stats.info(f"backfill of {root}: {message}")
+        self._stats.log("info", "backfill", f"backfill: {message}", path=root)
         return True, message

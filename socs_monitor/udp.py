@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import traceback
 from collections.abc import Callable
 
@@ -24,6 +25,10 @@ _REBIND_S = 1.0
 
 _SO_RCVBUFFORCE = 33  # Linux: goes past rmem_max where the process may; Python has no name for it
 
+# Linux: figures of a socket, the last of which is how many datagrams it had no room for.
+_SO_MEMINFO = 55
+_MEMINFO = struct.Struct("=9I")
+
 
 class Receiver(udp.Port):
     """A listening UDP port that an error does not close for good.
@@ -34,11 +39,14 @@ class Receiver(udp.Port):
         interface: Address of the interface to listen on, IPv4 or IPv6; empty for all of IPv4.
         reactor: The reactor.
         buffer: Receive buffer to ask for, bytes.
-        report: Called with a line for a person.
+        report: Called with level, event and text of what belongs in the log, and further keys of that line.
 
     Attributes:
+        asked (int): The receive buffer that is asked for (bytes).
         buffer (int): The receive buffer that the kernel granted (bytes).
         rebinds (int): How often the port was bound again after an error.
+        listening (bool): Whether datagrams can arrive; False while the port cannot be bound again.
+        dropped (int): Number of datagrams that the kernel had no room for, as of the latest `measure`.
     """
 
     def __init__(
@@ -49,20 +57,23 @@ class Receiver(udp.Port):
         reactor: IReactorCore,
         *,
         buffer: int,
-        report: Callable[[str], None],
+        report: Callable[..., None],
     ) -> None:
         super().__init__(port, protocol, interface, MAX_DATAGRAM, reactor)  # type: ignore[no-untyped-call]
-        self._asked = buffer
+        self.asked = buffer
         self._report = report
         self.buffer = 0
         self.rebinds = 0
+        self.listening = False
+        self.dropped = 0
+        self._dropped_before = 0  # by sockets that are closed
 
     def createInternetSocket(self) -> socket.socket:
         """Make the socket, with the buffer."""
         sock: socket.socket = super().createInternetSocket()
         for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
             try:
-                sock.setsockopt(socket.SOL_SOCKET, option, self._asked)
+                sock.setsockopt(socket.SOL_SOCKET, option, self.asked)
                 break
             except PermissionError:
                 continue
@@ -75,7 +86,11 @@ class Receiver(udp.Port):
         try:
             self._read(_AT_A_TIME)
         except OSError as error:
-            self._report(f"the UDP port {self._realPortNumber} failed: {error}; binding it again")
+            text = f"the UDP port {self._realPortNumber} failed: {error}; binding it again"
+            self._report("warn", "socket", text, port=self._realPortNumber)
+            self.listening = False
+            self.measure()
+            self._dropped_before = self.dropped
             self.port = self._realPortNumber
             self.stopReading()  # type: ignore[no-untyped-call]
             self.socket.close()
@@ -85,11 +100,26 @@ class Receiver(udp.Port):
         try:
             self._bindSocket()  # type: ignore[no-untyped-call]
         except CannotListenError as error:
-            self._report(f"{error}. No datagram arrives; trying again every {_REBIND_S:.0f} s")
+            text = f"{error}. No datagram arrives; trying again every {_REBIND_S:.0f} s"
+            self._report("error", "socket", text, port=self.port)
             self.reactor.callLater(_REBIND_S, self._rebind)
         else:
             self.rebinds += 1
+            self.listening = True
             self.startReading()  # type: ignore[no-untyped-call]
+
+    def startListening(self) -> None:
+        """Bind the port, and read from it."""
+        super().startListening()  # type: ignore[no-untyped-call]
+        self.listening = True
+
+    def measure(self) -> None:
+        """Ask the kernel how many datagrams it dropped."""
+        try:
+            figures = self.socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        except OSError:  # a kernel older than 4.12, or a socket that is broken
+            return
+        self.dropped = self._dropped_before + _MEMINFO.unpack(figures)[-1]
 
     def drain(self) -> None:
         """Read all that has arrived."""
@@ -107,5 +137,7 @@ class Receiver(udp.Port):
             try:
                 deliver(data, addr[:2])
             except Exception:  # noqa: BLE001 (Twisted would close the port, and nobody would notice)
-                self._report(f"unforeseen error at a datagram from {addr[0]}, dropped: {traceback.format_exc()}")
+                text = f"unforeseen error at a datagram from {addr[0]}, which is dropped; please report it"
+                sender = f"{addr[0]}:{addr[1]}"
+                self._report("error", "unforeseen", text, sender=sender, traceback=traceback.format_exc())
         return True

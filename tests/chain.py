@@ -102,11 +102,15 @@ class Chain:
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock)
-        self.spool = Spool(str(self.spool_path), self.stats.warn)
+        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"))
         self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
         self.intake = Intake(self.spool, self.queue, self.stats, self.clock)
         self.database = Database(
-            str(self.db_path), create_table=True, echo=False, report=self.stats.warn, clock=self.clock
+            str(self.db_path),
+            create_table=True,
+            echo=False,
+            report=self.stats.reporter("warn", "database"),
+            clock=self.clock,
         )
         self.registrar = Registrar(
             self.intake, self.spool, self.database, self.stats, self._policy, lambda _: None, self.clock

@@ -43,7 +43,7 @@ class Front:
 
     def open(self) -> None:
         self.stats = Stats(lambda _, text: self.said.append(text))
-        self.spool = Spool(str(self.path), self.stats.warn)
+        self.spool = Spool(str(self.path), self.stats.reporter("warn", "spool"))
         self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
         self.intake = Intake(self.spool, self.queue, self.stats, clock=lambda: 77.0)
 

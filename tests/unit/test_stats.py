@@ -7,17 +7,23 @@ from collections import Counter
 
 import pytest
 
+from socs_monitor.events import AT_WILL
 from socs_monitor.stats import DIGEST_S, MAX_PROBLEMS, Stats
 from tests.chain import Clock
 
 
 class Bench(Stats):
-    """Stats with a clock of their own, and what they said."""
+    """Stats with a clock of their own, and what they said: levels and texts, and beside them the whole lines."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
+        self.lines: list[str] = []
         self.clock = Clock()
-        super().__init__(lambda level, text: self.said.append((level, text)), self.clock)
+        super().__init__(self._hear, self.clock)
+
+    def _hear(self, level: str, line: str) -> None:
+        self.said.append((level, line.partition(" | ")[0]))
+        self.lines.append(line)
 
     def texts(self) -> list[str]:
         """What was said since the last call."""
@@ -41,7 +47,9 @@ def test_the_session_data_is_json_with_the_documented_keys(stats: Bench) -> None
     stats.malformed["not JSON"] += 1
     stats.refused["spool"] += 4
     stats.unpublished["overload"] += 5
-    stats.last_file = "/x"
+    stats.registered(2, ["crate1slot2", "STREAMER:s2"], "/x")
+    stats.writes.wrote(0.5)
+    stats.streams.metadata("s2")
     counts = {"received": 21, "settled": 1, "settling": 2, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6}
     data = json.loads(json.dumps(shown(stats, **counts)))
 
@@ -54,7 +62,12 @@ def test_the_session_data_is_json_with_the_documented_keys(stats: Bench) -> None
         "unpublished": {"overload": 5},
         "files": {
             **{"received": 21, "registered": 3, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6, "settling": 2},
-            "last": "/x",
+            **{"last": "/x", "last_time": stats.clock.now},
+        },
+        "database": {"write": 0.5, "write_max": 0.5, "errors": 0},
+        "streams": {
+            "crate1slot2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": None},
+            "s2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": stats.clock.now},
         },
         "problems": [],
     }
@@ -83,6 +96,35 @@ def test_a_condition_is_logged_when_it_begins_and_when_it_ends(stats: Bench) -> 
 
     assert not stats.degraded
     assert stats.said == [("error", "locked 0"), ("info", "works again")]
+    assert stats.lines == [
+        "locked 0 | event=degraded condition=database",
+        "works again | event=recovered condition=database",
+    ]
+
+
+def test_an_alarm_ends_by_itself_and_is_renewed_by_the_next(stats: Bench) -> None:
+    stats.alarm("gaps", "lost 1", 300)
+    stats.clock.advance(200)
+    stats.alarm("gaps", "lost 2", 300)
+    stats.clock.advance(299)
+    stats.digest()
+    assert shown(stats)["degraded"] == {"gaps": "lost 2"}
+    assert stats.said == []
+    stats.clock.advance(1)
+    stats.digest()
+
+    assert not stats.degraded
+    assert [level for level, _ in stats.said] == ["info"]
+
+
+def test_what_is_forgotten_is_neither_degraded_nor_recovered(stats: Bench) -> None:
+    stats.trouble("database", "locked")
+    stats.said.clear()
+    stats.forget("database", "spool entries")
+
+    assert (stats.degraded, stats.said) == (False, [])
+    stats.trouble("database", "still locked")
+    assert stats.said == [("error", "still locked")]
 
 
 def test_conditions_are_told_apart(stats: Bench) -> None:
@@ -103,7 +145,7 @@ def test_what_holds_no_longer_is_not_cured_again(stats: Bench) -> None:
 def test_the_last_problems_are_kept(stats: Bench) -> None:
     for number in range(MAX_PROBLEMS + 5):
         stats.clock.advance(1)
-        stats.warn(f"problem {number}")
+        stats.log("warn", "spool", f"problem {number}")
 
     problems = shown(stats)["problems"]
     assert problems[-1] == {"time": stats.clock.now, "text": f"problem {MAX_PROBLEMS + 4}"}
@@ -112,9 +154,10 @@ def test_the_last_problems_are_kept(stats: Bench) -> None:
 
 
 def test_what_is_as_it_should_be_is_no_problem(stats: Bench) -> None:
-    stats.info("registered 3 files")
+    stats.registered(3, [], "/data/a file")
 
     assert stats.said == [("info", "registered 3 files")]
+    assert stats.lines == ['registered 3 files | event=registered files=3 path="/data/a file"']
     assert shown(stats)["problems"] == []
 
 
@@ -180,7 +223,32 @@ def test_lines_that_are_rare_are_said_at_once(stats: Bench) -> None:
     assert stats.texts() == ["refused 0", "refused 1", "refused 2"]
 
 
+@pytest.mark.parametrize("event", sorted(AT_WILL))
+def test_what_senders_can_bring_about_at_will_does_not_push_out_the_problems(stats: Bench, event: str) -> None:
+    stats.log("warn", event, "somebody sent something")
+
+    assert stats.texts() == ["somebody sent something"]
+    assert shown(stats)["problems"] == []
+
+
 def test_a_repeated_error_is_a_problem_too(stats: Bench) -> None:
-    stats.repeated("error", "given up", "gave up a file")
+    stats.repeated("error", "given_up", "gave up a file")
 
     assert [problem["text"] for problem in shown(stats)["problems"]] == ["gave up a file"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 64_000, "é\n" * 20_000, "\U0001f600" * 30_000, '"' * 60_000],
+    ids=["ASCII", "controls", "wide", "quotes"],
+)
+def test_the_session_data_stays_small_whatever_senders_write(stats: Bench, text: str) -> None:
+    for number in range(100):
+        stats.log("error", "given_up", f"{number}{text}")
+        stats.registered(1, [f"{number}{text}", f"{text}{number}"], text)
+        stats.streams.metadata(f"STREAMER:{number}{text}")
+    for condition in ("database", "spool", "gaps", "given up"):
+        stats.trouble(condition, text)
+
+    assert len(json.dumps(shown(stats))) < 70_000
+    assert all(len(line) < 30_000 for line in stats.lines if "event=registered" in line)

@@ -14,6 +14,7 @@ from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import Clock
 
 from socs_monitor import udp
+from socs_monitor.events import line
 from tests.harness import free_udp_port, wait_until
 from tests.hostile import queue_of
 
@@ -62,10 +63,14 @@ class Bench(DatagramProtocol):
         self.fail_at: Callable[[bytes], bool] = lambda _: False
         self.reactor = Reactor()
         port = free_udp_port()
-        self.receiver = udp.Receiver(port, self, interface, self.reactor, buffer=buffer, report=self.said.append)
+        self.receiver = udp.Receiver(port, self, interface, self.reactor, buffer=buffer, report=self.say)
         self.receiver.startListening()
         self.address = (interface, port)
         self.sender = socket.socket(self.receiver.addressFamily, socket.SOCK_DGRAM)
+
+    def say(self, level: str, event: str, text: str, **keys: object) -> None:
+        assert level in ("warn", "error")
+        self.said.append(line(event, text, keys))
 
     def datagramReceived(self, datagram: bytes, addr: Any) -> None:
         if self.fail_at(datagram):
@@ -231,6 +236,6 @@ def test_without_privileges_the_buffer_is_what_the_system_allows(monkeypatch: An
 
 @twisted_lets_go_of_it
 def test_a_port_in_use_is_an_error_at_the_start(bench: Bench) -> None:
-    second = udp.Receiver(bench.address[1], bench, "127.0.0.1", bench.reactor, buffer=ASKED, report=bench.said.append)
+    second = udp.Receiver(bench.address[1], bench, "127.0.0.1", bench.reactor, buffer=ASKED, report=bench.say)
     with pytest.raises(CannotListenError, match="in use"):
         second.startListening()

@@ -1,0 +1,127 @@
+"""What goes on, in figures: what each stream brings, and how long the database takes. Bounded, whatever senders do."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from socs_monitor.messages import brief, stream_of
+
+# Streams told apart; where there are more, those without files give way, and the longest silent ones first.
+MAX_STREAMS = 50
+
+# Characters of a stream's name.
+MAX_NAME = 40
+
+_DAY_S = 86_400
+
+# Seconds over which the longest write is told.
+_WINDOW_S = 60
+
+
+class _Stream:
+    __slots__ = ("day", "files", "files_today", "last_file", "last_metadata")
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.day = 0
+        self.files_today = 0
+        self.last_file: float | None = None
+        self.last_metadata: float | None = None
+
+    @property
+    def worth(self) -> tuple[bool, float]:
+        return self.files > 0, max(self.last_file or 0.0, self.last_metadata or 0.0)
+
+
+class StreamActivity:
+    """Files and metadata of each stream. Safe to use from several threads.
+
+    Args:
+        clock: Gives unix time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._streams: dict[str, _Stream] = {}
+
+    def registered(self, publishers: Iterable[str]) -> None:
+        """Count a registered file for each of these publisher ids."""
+        now = self._clock()
+        today = int(now // _DAY_S)
+        with self._lock:
+            for publisher in publishers:
+                stream = self._of(stream_of(publisher))
+                if stream.day != today:
+                    stream.day, stream.files_today = today, 0
+                stream.files_today += 1
+                stream.files += 1
+                stream.last_file = now
+
+    def metadata(self, stream_id: str) -> None:
+        """Note that a register's value came of a stream."""
+        with self._lock:
+            self._of(stream_id).last_metadata = self._clock()
+
+    def _of(self, stream_id: str) -> _Stream:
+        name = stream_id if len(stream_id) <= MAX_NAME else brief(stream_id, MAX_NAME)
+        stream = self._streams.get(name)
+        if stream is None:
+            if len(self._streams) >= MAX_STREAMS:
+                del self._streams[min(self._streams, key=lambda known: self._streams[known].worth)]
+            stream = self._streams[name] = _Stream()
+        return stream
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Files of this day (UTC, and since the agent started) and the unix times of what came last, by stream."""
+        today = int(self._clock() // _DAY_S)
+        with self._lock:
+            return {
+                brief(name, MAX_NAME): {
+                    "files_today": stream.files_today if stream.day == today else 0,
+                    "last_file": stream.last_file,
+                    "last_metadata": stream.last_metadata,
+                }
+                for name, stream in self._streams.items()
+            }
+
+    def files(self) -> dict[str, int]:
+        """Number of files registered since the agent started, by stream."""
+        with self._lock:
+            return {name: stream.files for name, stream in self._streams.items()}
+
+
+class WriteTimes:
+    """How long the database's commits take.
+
+    Args:
+        clock: Gives unix time.
+
+    Attributes:
+        errors (int): How often the database could not be used.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # by second
+        self._last = 0.0
+        self.errors = 0
+
+    def wrote(self, seconds: float) -> None:
+        """Note that a commit took so long."""
+        second = int(self._clock())
+        if self._longest and self._longest[-1][0] == second:
+            seconds_before = self._longest.pop()[1]
+            self._longest.append((second, max(seconds, seconds_before)))
+        else:
+            self._longest.append((second, seconds))
+        self._last = seconds
+
+    def data(self) -> dict[str, float]:
+        """Seconds of the last commit, and of the longest within the last minute; the number of errors."""
+        since = self._clock() - _WINDOW_S
+        recent = [seconds for second, seconds in self._longest.copy() if second >= since]
+        return {"write": self._last, "write_max": max(recent, default=0.0), "errors": self.errors}

@@ -1,0 +1,60 @@
+"""What the agent's log says: one line an event, for a person first and after ``|`` for a machine.
+
+A line reads ``text | event=NAME key=value ...``; the keys are logfmt, which Loki takes as it is. `EVENTS` names all
+there are. The level tells what a line is for: ``error`` where files do not get through or a person is needed, ``warn``
+what is to be looked at tomorrow, ``info`` what is as it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+EVENTS: Mapping[str, str] = {
+    "registered": "Rows were committed: files is how many, path the last one's. Each file by itself at debug.",
+    "waiting": "A file is not there yet, or cannot be read; it is looked for again.",
+    "changed": "A file changed after it was registered; it is hashed and registered again.",
+    "given_up": "A file was looked for in vain for too long: its registration is a dead letter.",
+    "refused": "A registration can never become a row: it is a dead letter.",
+    "dead_letters": "Dead letters were tried again or discarded by a person, or dropped since there are too many.",
+    "backfill": "A backfill ended.",
+    "degraded": "A condition began under which files do not get through; condition is its key in the session data.",
+    "recovered": "Such a condition ended.",
+    "gap": "Messages of a sender were lost on their way.",
+    "kernel_drops": "The kernel dropped datagrams, since they came faster than they were read.",
+    "socket": "The UDP port failed, or the kernel grants it less of a buffer than was asked for.",
+    "dropped": "Datagrams were no messages, or of senders that are not allowed.",
+    "not_published": "A message for a feed was not taken by OCS.",
+    "field": "A register is published under another name than its own, or not, since its type changed.",
+    "database": "Something unusual was done to the database: an index made, a replaced file opened anew.",
+    "spool": "The spool could not be read and was set aside.",
+    "configuration": "An option is missing that a site should set.",
+    "unforeseen": "An error that nobody thought of; to be reported, with its traceback.",
+}
+
+# Events that senders can bring about at will: counted and logged, but not kept among the last problems.
+AT_WILL = frozenset({"refused", "dropped", "not_published", "field"})
+
+# What can stand in logfmt without quotes.
+_PLAIN = re.compile(r"[^\s\"=\\]+")
+
+# Characters of a value; of a longer one the middle is left out.
+_MAX_VALUE = 4000
+
+
+def line(event: str, text: str, keys: Mapping[str, object]) -> str:
+    """Return the line of an `event` (one of `EVENTS`): `text`, then the event and `keys`."""
+    pairs = "".join(f" {key}={_value(value)}" for key, value in keys.items())
+    return f"{text} | event={event}{pairs}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if len(text) > _MAX_VALUE:
+        text = f"{text[: _MAX_VALUE // 2]} ... {text[-_MAX_VALUE // 2 :]}"
+    if not text.isprintable():
+        return json.dumps(text)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
