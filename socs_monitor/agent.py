@@ -129,12 +129,19 @@ class PysmurfMonitor(DatagramProtocol):
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
         # without a router OCS stops no session, and the reactor would wait for the thread of `run`
         reactor.addSystemEventTrigger("before", "shutdown", self._registrar.stop)
+        reactor.addSystemEventTrigger("after", "shutdown", self._receiver.drain)
         reactor.addSystemEventTrigger("after", "shutdown", self._intake.close)
 
     def _listen(self) -> udp.Receiver:
         args = self._args
         receiver = udp.Receiver(
-            args.udp_port, self, args.udp_host, reactor, buffer=args.udp_buffer, report=self._stats.repeated
+            args.udp_port,
+            self,
+            args.udp_host,
+            reactor,
+            buffer=args.udp_buffer,
+            report=self._stats.repeated,
+            after_read=self._intake.commit,
         )
         receiver.startListening()
         if receiver.buffer < args.udp_buffer:

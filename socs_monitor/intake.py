@@ -10,11 +10,12 @@ consumer reads the rest from the spool (`Intake.take`), which is how it begins a
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from socs_monitor import crashpoint, messages
@@ -30,11 +31,6 @@ INBOX_MAX = 64 * 1024 * 1024
 
 # Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
 BATCH = 500
-
-# When messages come steadily (less than STEADY_S apart) the writer gathers for GATHER_S before it commits: what
-# costs then is the commit, not the message. One that comes alone is written at once.
-STEADY_S = 0.03
-GATHER_S = 0.015
 
 _SYNC_INTERVAL_S = 1.0
 _RETRY_S = 1.0
@@ -74,6 +70,7 @@ class Intake:
         self._beyond_queue = False  # there may be pending registrations that are in the spool only
         self._woken = False
         self._cursor = 0
+        self._in_hand: dict[int, float] = {}  # when what was taken and is not yet `done` arrived, oldest first
 
     def start(self) -> None:
         """Write the spool from a thread of its own from now on."""
@@ -99,7 +96,10 @@ class Intake:
         return self._bytes_put - self._bytes_written > INBOX_MAX // 2
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
-        """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool."""
+        """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
+
+        With a thread of the intake's own it is written after the next `commit`.
+        """
         with self._putting:
             if self._bytes_put - self._bytes_written > INBOX_MAX:
                 self._stats.refused["spool"] += 1
@@ -111,7 +111,10 @@ class Intake:
             self._inbox.append((meta, incoming))
         if not self._threads:
             self.flush()
-        elif not self._filled.is_set():
+
+    def commit(self) -> None:
+        """Have what was put so far written, now."""
+        if self._inbox:
             self._filled.set()
 
     def flush(self) -> bool:
@@ -158,6 +161,7 @@ class Intake:
             self._queue.queue.extend(foreign)
             self._beyond_queue = True
             self._cursor = 0
+            self._in_hand.clear()
 
     def take(self, timeout: float | None) -> list[Registration]:
         """Return the next registrations, at most `BATCH`, as soon as there are any.
@@ -175,14 +179,14 @@ class Intake:
             if not self._queue.queue and self._beyond_queue:
                 registrations = self._spool.pending(self._cursor, BATCH)
                 if registrations:
-                    self._cursor = registrations[-1].id
+                    self._hand_out(registrations)
                 else:
                     self._beyond_queue = False
                 return registrations
             items = [self._queue.queue.popleft() for _ in range(min(BATCH, len(self._queue.queue)))]
             registrations = [item for item in items if isinstance(item, Registration)]
             if registrations:
-                self._cursor = registrations[-1].id
+                self._hand_out(registrations)
         foreign = [item for item in items if not isinstance(item, Registration)]
         if not foreign:
             return registrations
@@ -193,6 +197,31 @@ class Intake:
                 self._queue.queue.extendleft(reversed([*registrations, *foreign]))
             raise
         return registrations or self.take(0.0)
+
+    def _hand_out(self, registrations: list[Registration]) -> None:
+        self._cursor = registrations[-1].id
+        self._in_hand.update((registration.id, registration.received) for registration in registrations)
+
+    def done(self, registrations: Iterable[Registration]) -> None:
+        """Learn that what was taken is registered, waits, is dead or needs nothing: it is not pending any more."""
+        with self._queue.mutex:
+            for registration in registrations:
+                self._in_hand.pop(registration.id, None)
+
+    @property
+    def oldest(self) -> float | None:
+        """Unix time at which the oldest pending registration arrived; None where nothing is pending.
+
+        Raises:
+            SpoolError: If the spool had to be asked, and cannot be read now.
+        """
+        with self._queue.mutex:
+            if self._in_hand:
+                return next(iter(self._in_hand.values()))
+            heads = [item for item in itertools.islice(self._queue.queue, 1) if isinstance(item, Registration)]
+            if not heads and self._beyond_queue:
+                heads = self._spool.pending(self._cursor, 1)
+            return heads[0].received if heads else None
 
     def _adopt(self, metas: list[Meta]) -> None:
         """Accept what somebody else put on the queue; what is accepted is no longer in `metas`."""
@@ -213,12 +242,8 @@ class Intake:
             self._queue.not_empty.notify()
 
     def _write(self) -> None:
-        last = 0.0
         while not self._closing.is_set():
             self._filled.wait()
-            if time.monotonic() - last < STEADY_S:
-                self._closing.wait(GATHER_S)
-            last = time.monotonic()
             self._filled.clear()
             if not self.flush():
                 self._filled.set()

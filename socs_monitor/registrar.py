@@ -228,7 +228,7 @@ class Registrar:
                     self._stats.repeated("info", "changed", text, path=entry.local_path)
                     self._work.append(registration)
         if settled:
-            self._owe(self._spool.remove, settled)
+            self._owe(self._remove, settled)
 
     def _hash(self) -> None:
         """Hash small files at once and have the pool hash the others; sort what came out."""
@@ -279,14 +279,19 @@ class Registrar:
             else:
                 waiting.append(failure._replace(due=self._clock() + (delay or RETRY_MAX_S)))
         if done:
-            self._owe(self._spool.remove, list(done.values()))
+            self._owe(self._remove, list(done.values()))
         if waiting:
             self._owe(self._wait, waiting)
         if dead:
             self._owe(self._bury, dead)
 
+    def _remove(self, registrations: list[Registration]) -> None:
+        self._spool.remove(registrations)
+        self._intake.done(registrations)
+
     def _wait(self, failures: list[Failure]) -> None:
         self._spool.wait(failures)
+        self._intake.done(failure.registration for failure in failures)
         for failure in failures:
             heapq.heappush(self._waiting, (failure.due or 0.0, failure.registration.id))
             if failure.registration.attempts == 1:
@@ -295,6 +300,7 @@ class Registrar:
 
     def _bury(self, failures: list[Failure]) -> None:
         self._spool.bury(failures)
+        self._intake.done(failure.registration for failure in failures)
         for registration, reason, _, refused in failures:
             if refused:
                 text = f"registration {registration.id} was refused, a dead letter: {reason}"
@@ -325,7 +331,9 @@ class Registrar:
         self._stats.cured("database", "the database can be written again")
         first = [hashed.registration["pub_id"] for hashed in batch if hashed.registration.state != SETTLING]
         self._stats.registered(len(batch), first, batch[-1].entry.local_path)
-        self._owe(self._spool.settling, [hashed.registration for hashed in batch])
+        registrations = [hashed.registration for hashed in batch]
+        self._spool.registered(registrations)
+        self._intake.done(registrations)
         due = self._clock() + max(
             self._unstable.get(hashed.registration.id, self._policy.settle_after) for hashed in batch
         )

@@ -13,11 +13,12 @@ reactor has `Intake.put` to do, which is below 2 us.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages, spoolfile
@@ -38,14 +39,13 @@ MAX_DEAD = 10_000
 # Bytes that registrations may take: about a million of them.
 MAX_BYTES = 1 << 30
 
-# One statement however many rows, since each one lets other threads have the interpreter, and while the reactor is
-# busy it is milliseconds until it is given back. A line is `received sender message`, `received` of 17 characters.
-_ACCEPT = """
-INSERT INTO registrations (received, sender, message)
-SELECT substr(value, 1, 17), substr(value, 19, instr(substr(value, 19), ' ') - 1),
-       substr(value, 19 + instr(substr(value, 19), ' '))
-FROM json_each(?)
-"""
+# Several rows a statement, since each statement lets other threads have the interpreter, and while the reactor is
+# busy it is milliseconds until it is given back; always as many, so that few statements are compiled.
+_ROWS = 50
+_ROW = "(?, ?, ?)"
+_ACCEPT = "INSERT INTO registrations (received, sender, message) VALUES "
+
+_BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
@@ -138,7 +138,7 @@ class Spool:
         try:
             self._db = spoolfile.open_or_begin(path, report)
             self._syncer = spoolfile.connect(path)
-            self._counts = Counter(dict(self._db.execute("SELECT state, count(*) FROM registrations GROUP BY 1")))
+            self._counts = Counter(dict(self._db.execute(_BY_STATE)))
             self._counts[RECEIVED] = self._counts.total()
         except (sqlite3.Error, OSError) as error:
             self._lock_file.close()
@@ -170,8 +170,11 @@ class Spool:
         with self._writing() as db:
             if self._bytes() > self.max_bytes and self._make_room(db) > self.max_bytes:
                 raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
-            lines = [f"{received:017.6f} {sender} {message}" for received, sender, message in batch]
-            db.execute(_ACCEPT, (json.dumps(lines),))
+            whole = len(batch) - len(batch) % _ROWS
+            for start in range(0, whole, _ROWS):
+                values = list(itertools.chain.from_iterable(batch[start : start + _ROWS]))
+                db.execute(_ACCEPT + ", ".join([_ROW] * _ROWS), values)
+            db.executemany(_ACCEPT + _ROW, batch[whole:])
             (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
             self._changes.update({PENDING: len(batch), RECEIVED: len(batch)})
         return list(range(last - len(batch) + 1, last + 1))
@@ -189,10 +192,18 @@ class Spool:
         with self._reading() as db:
             return db.execute("SELECT due, id FROM registrations WHERE state = 'waiting'").fetchall()
 
-    def settling(self, registrations: Sequence[Registration]) -> None:
-        """Note that the rows of these registrations are committed."""
-        with self._moving(registrations, SETTLING) as db:
-            db.execute(f"UPDATE registrations SET state = 'settling' WHERE {_IDS}", (_ids(registrations),))
+    def registered(self, registrations: Sequence[Registration]) -> None:
+        """Count registrations as settling: their rows are committed.
+
+        On the disk they stay as they are, since what was settling is taken up anew after a restart anyway, which
+        changes nothing.
+        """
+        with self._lock:
+            changes = Counter({SETTLING: len(registrations)})
+            changes.subtract(registration.state for registration in registrations)
+            self._count(changes)
+        for registration in registrations:
+            registration.state = SETTLING
         crashpoint.reach("settling")
 
     def remove(self, registrations: Sequence[Registration]) -> None:
@@ -225,10 +236,11 @@ class Spool:
             self._report(f"more than {MAX_DEAD} dead letters: the {dropped} oldest are dropped, refused ones first")
 
     def unsettle(self) -> None:
-        """Make every settling registration pending again, since what was known of its file is gone."""
+        """Count every settling registration as what the disk has, since what was known of its file is gone."""
         with self._writing() as db:
-            moved = db.execute("UPDATE registrations SET state = 'pending' WHERE state = 'settling'").rowcount
-            self._changes.update({SETTLING: -moved, PENDING: moved})
+            db.execute("UPDATE registrations SET state = 'pending' WHERE state = 'settling'")  # of an earlier version
+            states = dict(db.execute(_BY_STATE))
+            self._changes.update({state: states.get(state, 0) - self._counts[state] for state in STATES})
 
     def dead(self, ids: Iterable[int] | None = None, limit: int = MAX_DEAD) -> list[DeadLetter]:
         """Return the dead letters (those of `ids`, or all), oldest first."""
@@ -324,10 +336,13 @@ class Spool:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
-            counts = self._counts.copy()
-            counts.update(self._changes)
-            self._counts = counts
+            self._count(self._changes)
             self._unsynced.set()
+
+    def _count(self, changes: Mapping[str, int]) -> None:
+        counts = self._counts.copy()
+        counts.update(changes)
+        self._counts = counts
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

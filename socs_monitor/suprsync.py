@@ -24,6 +24,7 @@ from sqlalchemy import (
     Index,
     Integer,
     String,
+    bindparam,
     create_engine,
     func,
     insert,
@@ -98,16 +99,6 @@ _ADVICE = {
     sqlite3.SQLITE_IOERR: "the disk fails or is full",
 }
 
-# Compiled once: SQLAlchemy's own work on each row of an insert would be half of what a row costs.
-_INSERT = str(
-    insert(_TABLE).compile(
-        dialect=SQLiteDialect(paramstyle="qmark"),
-        column_keys=[
-            column.name for column in _TABLE.c if column.name not in ("id", "remote_md5sum", "copied", "removed")
-        ],
-    )
-)
-
 _CREATE_ADVICE = "start the agent with --create-table True, or correct --db-path"
 
 
@@ -147,7 +138,23 @@ class Row(NamedTuple):
         )
 
 
-_ROW = [_TABLE.c[name] for name in Row._fields]
+# Compiled once: SQLAlchemy's own work on a statement and on each row would be half of what a registration costs.
+_DIALECT = SQLiteDialect(paramstyle="qmark")
+_INSERT = str(
+    insert(_TABLE).compile(
+        dialect=_DIALECT,
+        column_keys=[
+            column.name for column in _TABLE.c if column.name not in ("id", "remote_md5sum", "copied", "removed")
+        ],
+    )
+)
+_PATHS = select(func.json_each(bindparam("paths")).table_valued("value").c.value)  # one parameter however many
+_SELECT = str(
+    select(*(_TABLE.c[name] for name in Row._fields))
+    .where(_TABLE.c.local_path.in_(_PATHS))
+    .order_by(_TABLE.c.id)
+    .compile(dialect=_DIALECT)
+)
 
 
 def merge(rows: Sequence[Row], file: HashedFile) -> tuple[list[int], int | None, bool]:
@@ -355,11 +362,10 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _rows_by_path(connection: Connection, paths: Iterable[str]) -> dict[str, list[Row]]:
-    # one parameter however many paths: the statement is compiled once
-    wanted = select(func.json_each(json.dumps(list(paths))).table_valued("value").c.value)
     rows: dict[str, list[Row]] = {}
-    for row in connection.execute(select(*_ROW).where(_TABLE.c.local_path.in_(wanted)).order_by(_TABLE.c.id)):
-        rows.setdefault(row.local_path, []).append(Row._make(row))
+    for found in connection.exec_driver_sql(_SELECT, (json.dumps(list(paths)),)):
+        row = Row._make(found)
+        rows.setdefault(row.local_path, []).append(row)
     return rows
 
 

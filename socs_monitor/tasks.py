@@ -138,6 +138,7 @@ class Tasks:
             for path in scan:
                 if not dry_run:
                     self._intake.put(*registration_of(path))
+                    self._intake.commit()
         except (OSError, DatabaseUnavailableError) as error:
             return False, f"backfill of {root}: {error}"
         verb = "would be" if dry_run else "are being"

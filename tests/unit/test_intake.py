@@ -51,6 +51,7 @@ class Front:
         for number in numbers:
             meta = meta_of(number)
             self.intake.put(meta, Incoming(5.0, "10.0.0.5:4000", messages.encode_file(meta)))
+        self.intake.commit()
 
     def take(self) -> list[int]:
         return [number_of(registration) for registration in self.intake.take(0.0)]

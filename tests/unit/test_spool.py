@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,24 +99,24 @@ def test_what_was_accepted_is_pending_in_order(spool: Spool) -> None:
 def test_every_state_is_left_the_way_it_is_meant_to_be(spool: Spool) -> None:
     spool.accept([incoming(number) for number in range(6)])
     settling, waiting, dead = all_pending(spool)[:3], all_pending(spool)[3:4], all_pending(spool)[4:]
-    spool.settling(settling)
+    spool.registered(settling)
     waiting[0].attempts = 1
     spool.wait(fail(waiting, due=50.0))
     spool.bury(fail(dead))
     assert counts(spool) == {"settling": 3, "waiting": 1, "dead": 2, "received": 6}
-    assert all_pending(spool) == []
+    assert {registration.state for registration in settling} == {SETTLING}
 
     assert spool.waiting_times() == [(50.0, 4)]
     (again,) = spool.waiting([1, 4, 5, 99])
     assert (again.id, again.attempts, again.state) == (4, 1, WAITING)
     spool.remove(settling[:1])
-    spool.settling([again])
-    assert again.state == SETTLING
+    spool.registered([again])
     assert counts(spool) == {"settling": 3, "settled": 1, "dead": 2, "received": 6}
 
     spool.unsettle()
-    assert names(all_pending(spool)) == [1, 2, 3]
-    assert counts(spool) == {"pending": 3, "settled": 1, "dead": 2, "received": 6}
+    assert names(all_pending(spool)) == [1, 2]
+    assert spool.waiting_times() == [(50.0, 4)]
+    assert counts(spool) == {"pending": 2, "waiting": 1, "settled": 1, "dead": 2, "received": 6}
 
 
 def test_dead_letters_can_be_read_tried_again_and_discarded(spool: Spool) -> None:
@@ -151,16 +152,28 @@ def test_a_closed_spool_is_found_as_it_was(open_spool: OpenSpool) -> None:
     spool.remove([first])
     spool.wait(fail([second], due=77.0))
     spool.bury(fail([third], refused=True))
-    spool.settling([fourth])
+    spool.registered([fourth])
     letters = spool.dead()
     spool.close()
 
     spool = open_spool()
-    assert counts(spool) == {"pending": 1, "waiting": 1, "dead": 1, "settling": 1, "received": 4}
-    assert names(all_pending(spool)) == [4]
+    assert counts(spool) == {"pending": 2, "waiting": 1, "dead": 1, "received": 4}
+    assert names(all_pending(spool)) == [3, 4]
     assert spool.waiting_times() == [(77.0, 2)]
     assert spool.waiting([2])[0].attempts == 3
     assert spool.dead() == letters
+
+
+def test_what_settles_in_a_spool_of_the_first_version_is_taken_up_again(open_spool: OpenSpool, path: str) -> None:
+    spool = open_spool()
+    spool.accept([incoming(0), incoming(1)])
+    spool.close()
+    execute(path, "UPDATE registrations SET state = 'settling' WHERE id = 1")
+
+    spool = open_spool()
+    spool.unsettle()
+    assert names(all_pending(spool)) == [0, 1]
+    assert counts(spool) == {"pending": 2, "received": 2}
 
 
 def test_no_id_is_used_twice(open_spool: OpenSpool) -> None:
@@ -192,12 +205,15 @@ def test_the_counts_add_up_and_are_the_files_whatever_happens(
 ) -> None:
     path = str(tmp_path_factory.mktemp("spool") / "spool")
     spool = Spool(path, print)
+    settling: dict[int, Registration] = {}
     for operation, ids in operations:
-        live = [registration for registration in all_pending(spool) + spool.waiting(ids) if registration.id in ids]
+        known = [settling.get(found.id, found) for found in all_pending(spool) + spool.waiting(ids)]
+        live = [registration for registration in known if registration.id in ids]
         if operation == "accept":
             spool.accept([incoming(number) for number in ids] or [incoming(0)])
         elif operation == "settle":
-            spool.settling(live)
+            spool.registered(live)
+            settling.update({registration.id: registration for registration in live})
         elif operation == "wait":
             spool.wait(fail(live, due=1.0))
         elif operation in ("bury", "refuse"):
@@ -206,6 +222,7 @@ def test_the_counts_add_up_and_are_the_files_whatever_happens(
             spool.remove(live)
         elif operation == "unsettle":
             spool.unsettle()
+            settling.clear()
         elif operation == "retry":
             spool.retry(ids)
         elif operation == "discard":
@@ -213,9 +230,14 @@ def test_the_counts_add_up_and_are_the_files_whatever_happens(
         else:
             spool.close()
             spool = Spool(path, print)
+            settling.clear()
         now = spool.counts
         assert now["received"] == sum(now[state] for state in (*STATES, "settled", "discarded"))
-        stored = dict(execute(path, "SELECT state, count(*) FROM registrations GROUP BY state"))
+        settling = {id_: registration for id_, registration in settling.items() if registration.state == SETTLING}
+        stored = Counter(
+            SETTLING if id_ in settling else state
+            for id_, state in execute(path, "SELECT id, state FROM registrations")
+        )
         assert {state: now[state] for state in STATES if now[state]} == stored
     spool.close()
 
@@ -346,7 +368,7 @@ def test_a_failed_move_changes_neither_the_file_nor_the_registration(
     spool.accept([incoming(0)])
     (registration,) = all_pending(spool)
     with write_lock(path), pytest.raises(SpoolError):
-        spool.settling([registration])
+        spool.remove([registration])
 
     assert registration.state == PENDING
     assert counts(spool) == {"pending": 1, "received": 1}

@@ -37,6 +37,9 @@ class Reactor(Clock):
     def removeReader(self, reader: Any) -> None:
         self.readers.discard(reader)
 
+    def removeWriter(self, writer: Any) -> None:
+        """Nobody writes."""
+
 
 class Broken:
     """A real socket of which reading fails in the ways given, one after the other, and then works."""
@@ -63,7 +66,8 @@ class Bench(DatagramProtocol):
         self.fail_at: Callable[[bytes], bool] = lambda _: False
         self.reactor = Reactor()
         port = free_udp_port()
-        self.receiver = udp.Receiver(port, self, interface, self.reactor, buffer=buffer, report=self.say)
+        self.read_at: list[int] = []
+        self.receiver = self.listener(port, interface, buffer)
         self.receiver.startListening()
         self.address = (interface, port)
         self.sender = socket.socket(self.receiver.addressFamily, socket.SOCK_DGRAM)
@@ -71,6 +75,17 @@ class Bench(DatagramProtocol):
     def say(self, level: str, event: str, text: str, **keys: object) -> None:
         assert level in ("warn", "error")
         self.said.append(line(event, text, keys))
+
+    def listener(self, port: int, interface: str = "127.0.0.1", buffer: int = ASKED) -> udp.Receiver:
+        return udp.Receiver(
+            port,
+            self,
+            interface,
+            self.reactor,
+            buffer=buffer,
+            report=self.say,
+            after_read=lambda: self.read_at.append(len(self.received)),
+        )
 
     def datagramReceived(self, datagram: bytes, addr: Any) -> None:
         if self.fail_at(datagram):
@@ -82,7 +97,11 @@ class Bench(DatagramProtocol):
             self.sender.sendto(datagram, self.address)
 
     def read(self) -> list[bytes]:
-        """Have everybody read who is asked to, once, and return what was delivered since the last call."""
+        """Have everybody read who is asked to, once, and return what was delivered since the last call.
+
+        Time passes until the receiver, which leaves its socket alone for a while, reads again.
+        """
+        self.reactor.advance(udp.GATHER_S)
         for reader in list(self.reactor.readers):
             reader.doRead()
         got = [datagram for datagram, _ in self.received]
@@ -95,7 +114,8 @@ class Bench(DatagramProtocol):
 
     def close(self) -> None:
         self.sender.close()
-        self.receiver.socket.close()
+        if self.receiver.connected:
+            self.receiver.socket.close()
 
 
 @pytest.fixture
@@ -138,6 +158,38 @@ def test_a_flood_leaves_the_reactor_time_for_others(bench: Bench, datagram: byte
     bench.send(*[datagram] * 25)
 
     assert [len(bench.read()) for _ in range(4)] == [10, 10, 5, 0]
+
+
+def test_what_comes_alone_is_read_at_once_and_what_follows_is_gathered() -> None:
+    bench = Bench(buffer=udp.BUFFER)
+    for datagrams in ([b"alone"], [b"2", b"3", b"4"]):
+        bench.send(*datagrams)
+        assert bench.reactor.readers == {bench.receiver}
+        bench.receiver.doRead()
+        assert [datagram for datagram, _ in bench.received] == datagrams
+        assert bench.read_at.pop() == len(datagrams)
+        bench.received.clear()
+        bench.reactor.advance(udp.GATHER_S - 0.001)
+        assert bench.reactor.readers == set()
+        bench.reactor.advance(0.001)
+    bench.close()
+
+
+def test_a_small_buffer_is_not_left_to_itself_for_longer_than_it_takes_to_fill(bench: Bench) -> None:
+    bench.receiver.doRead()
+    bench.reactor.advance(ASKED / 400e6)
+
+    assert bench.reactor.readers == {bench.receiver}
+
+
+def test_closing_the_port_reads_first_what_has_arrived(bench: Bench) -> None:
+    bench.receiver.doRead()
+    bench.send(b"x")
+    bench.receiver.stopListening()
+    bench.reactor.advance(udp.GATHER_S)
+
+    assert [datagram for datagram, _ in bench.received] == [b"x"]
+    assert bench.reactor.readers == set()
 
 
 def test_drain_reads_all_that_has_arrived(bench: Bench, monkeypatch: Any) -> None:
@@ -210,6 +262,7 @@ def test_an_error_at_one_datagram_is_told_and_the_others_are_delivered(bench: Be
     bench.send(b"1", b"2", b"3")
 
     assert bench.read() == [b"1", b"3"]
+    bench.reactor.advance(udp.GATHER_S)
     assert (bench.receiver.rebinds, bench.reactor.readers) == (0, {bench.receiver})
     (said,) = bench.said
     assert "unforeseen error at a datagram from 127.0.0.1" in said
@@ -236,6 +289,6 @@ def test_without_privileges_the_buffer_is_what_the_system_allows(monkeypatch: An
 
 @twisted_lets_go_of_it
 def test_a_port_in_use_is_an_error_at_the_start(bench: Bench) -> None:
-    second = udp.Receiver(bench.address[1], bench, "127.0.0.1", bench.reactor, buffer=ASKED, report=bench.say)
+    second = bench.listener(bench.address[1])
     with pytest.raises(CannotListenError, match="in use"):
         second.startListening()
