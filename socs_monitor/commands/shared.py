@@ -6,10 +6,12 @@ import argparse
 import datetime
 import os
 import sys
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from socs_monitor.defaults import INSTANCE
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WIDE = 1000  # columns where no terminal says otherwise: a pipe's reader wants each row on its line
 
@@ -36,6 +38,8 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def console() -> Console:
     """Return where tables are printed: as wide as the terminal, or as the rows are where there is none."""
+    from rich.console import Console  # here, since the health check shows no table
+
     is_narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if is_narrow else _WIDE, highlight=False)
 

@@ -87,9 +87,10 @@ def _files(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
     if files.get("settling"):
         text += f" ({files['settling']} of them settling)"
     if text:
-        yield "files", _text(text, "red" if files.get("dead") else "")
+        yield "files", _text(text, "yellow" if files.get("dead") else "")
     if files.get("last"):
-        yield "last file", _joined(files["last"], (f"  {_ago(files.get('last_time'), now)}", "dim"))
+        age = f"  {_ago(files['last_time'], now)}" if "last_time" in files else ""
+        yield "last file", _joined(files["last"], (age, "dim"))
 
 
 def _queue(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
@@ -112,11 +113,8 @@ def _lost(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
     any_ = lost.get("gaps") or lost["kernel"]
     yield "lost", _text(f"{gaps}{lost['kernel']} dropped by the kernel", "red" if any_ else "")
     for sender in lost.get("senders", ()):
-        yield (
-            "",
-            _text(f"{sender['lost']} of {sender['id']} {sender['script']} at {sender['sender']}, the last")
-            + _text(f" {_ago(sender['last'], now)}"),
-        )
+        who = f"{sender['id']} {sender['script']} at {sender['sender']}"
+        yield "", _joined(f"{sender['lost']} of {who}", (f"  {_ago(sender['last'], now)}", "dim"))
 
 
 def _socket(data: Mapping[str, Any], now: float) -> Iterator[_Row]:

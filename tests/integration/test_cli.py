@@ -29,7 +29,7 @@ MISSING = "No such file or directory"
 
 
 def command(*words: object, code: int = 0) -> str:
-    """Run the command in this process, see how it ends, and return what it prints (or, if it fails, complains)."""
+    """Run the command in this process, see how it ends, and return what it prints (or of what it complains)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "400")
@@ -39,7 +39,7 @@ def command(*words: object, code: int = 0) -> str:
         except SystemExit as stop:
             ended = stop.code
     assert ended == code, f"{out.getvalue()}\n{err.getvalue()}"
-    return (err if code else out).getvalue()
+    return err.getvalue() if code and err.getvalue() else out.getvalue()
 
 
 def run(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

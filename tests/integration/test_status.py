@@ -1,0 +1,331 @@
+"""`socs-monitor status`: what it says of real agents, running, stopped, killed, and out of the router's sight."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from socs_monitor import cli, client, spoolfile
+from socs_monitor.commands import status
+from socs_monitor.commands.status import Report, State
+from socs_monitor.emulator import Publisher
+from tests.harness import OWN_BIN, Agent, Router, wait_until
+from tests.integration.test_cli import command, run, site
+from tests.integration.test_end_to_end import announce, data, files, wait_registered
+
+StartAgent = Callable[..., Agent]
+
+ALL_WELL, UNKNOWN, DEGRADED, NOT_RUNNING = 0, 1, 3, 4
+
+
+def report(words: Sequence[str]) -> Report:
+    """What the command finds, before it shows it."""
+    return status.report(cli.make_parser(["status"]).parse_args(["status", *words]))
+
+
+def ask(monitor: Agent, *words: str, code: int, **env: str) -> str:
+    """Ask for the status in a process of its own, see its exit code, and return what it prints."""
+    done = run(OWN_BIN / "socs-monitor", "status", *site(monitor), *words, env=env)
+    assert (done.returncode, done.stderr) == (code, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def spool(monitor: Agent) -> str:
+    return f"{monitor.db_path}.{monitor.INSTANCE}.spool"
+
+
+def elsewhere(monitor: Agent, url: str) -> list[str]:
+    """The words that lead to an agent by way of another router."""
+    path = monitor.site_config.with_name("elsewhere.yaml")
+    path.write_text(re.sub(r"(?m)^( *wamp_http): .*$", rf"\1: {url}", monitor.site_config.read_text()))
+    return ["--site-file", str(path), "--site-host", "localhost"]
+
+
+def without_router(monitor: Agent) -> list[str]:
+    return elsewhere(monitor, "http://127.0.0.1:1/call")
+
+
+def registered(agent: StartAgent, tmp_path: Path) -> Agent:
+    """An agent that has registered files, and is on the router."""
+    monitor = agent()
+    wait_registered(monitor, announce(monitor, tmp_path / "data", 3))
+    client = monitor.client()
+    monitor.wait_for(lambda: files(client).get("registered") == 3, 10, "tells of them")
+    return monitor
+
+
+def with_pending(agent: StartAgent, tmp_path: Path) -> Agent:
+    """An agent that has a file to register, and no database for it."""
+    monitor = agent(options=[["--create-table", False]])
+    client = monitor.client()
+    announce(monitor, tmp_path / "data", 1)
+    monitor.wait_for(lambda: "database" in data(client).get("degraded", {}), 10, "misses the database")
+    return monitor
+
+
+def test_all_is_well(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+
+    shown = ask(monitor, code=ALL_WELL)
+    assert "all well" in shown
+    assert "3 received = 3 registered + 0 pending + 0 waiting + 0 dead + 0 discarded" in shown
+    assert ask(monitor, "--brief", code=ALL_WELL) == "all well\n"
+    told = json.loads(ask(monitor, "--json", code=ALL_WELL))
+    assert (told["state"], told["reasons"], told["note"]) == ("all well", {}, "")
+    assert told["data"].keys() == data(monitor.client()).keys()
+    assert told["data"]["files"]["registered"] == 3
+
+
+def test_every_part_of_the_session_data_is_shown(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
+        publisher.send(b"garbage")
+    monitor.wait_for(lambda: data(monitor.client())["malformed"], 10, "counts it")
+
+    shown = ask(monitor, code=ALL_WELL)
+    rows = {line.strip("│ ").split("  ")[0] for line in shown.splitlines()}
+    assert {
+        "files",
+        "last file",
+        "datagrams",
+        "malformed",
+        "queue",
+        "lost",
+        "socket",
+        "database",
+        "spool",
+        "streams",
+    } <= rows
+
+
+def test_degraded_is_told_with_each_reason(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = with_pending(agent, tmp_path)
+
+    assert "DEGRADED" in (shown := ask(monitor, code=DEGRADED))
+    assert f"database: the database {monitor.db_path} does not exist" in shown
+    assert ask(monitor, "--brief", code=DEGRADED).startswith("degraded; database: the database")
+    assert "database" in json.loads(ask(monitor, "--json", code=DEGRADED))["reasons"]
+
+
+def test_an_operation_that_was_stopped_is_told(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    monitor.client().run.stop()
+    monitor.client().run.wait(timeout=20)
+
+    assert ask(monitor, "--brief", code=NOT_RUNNING) == "not running; run: it is done: start it, or restart the agent\n"
+    assert "NOT RUNNING" in ask(monitor, code=NOT_RUNNING)
+
+
+def test_without_a_router_spool_database_and_kernel_speak(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    paths = [row["local_path"] for row in monitor.rows()]
+
+    shown = command("status", *without_router(monitor), code=ALL_WELL)
+    assert "the router does not answer" in shown
+    assert "this is what spool, database and kernel say" in shown
+    for part in (paths[-1], "listening", "0 wait for their row", "0 dropped by the kernel"):
+        assert part in shown
+    wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2)])  # it goes on
+
+
+def test_without_a_router_an_entry_that_waits_too_long_is_told(
+    agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = with_pending(agent, tmp_path)
+    without = without_router(monitor)
+    begin = time.time()
+
+    assert report(without).reasons.keys() == {"database"}  # there is none
+    monkeypatch.setattr(status.time, "time", lambda: begin + 100)
+    found = report(without)
+    assert found.state is State.DEGRADED
+    assert re.search(r"has waited for its row for 1\d\d s", found.reasons["oldest"])
+    assert found.data["queue"]["depth"] == found.data["files"]["pending"] == 1
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_an_agent_that_does_not_run_is_told_and_nothing_is_touched(agent: StartAgent, tmp_path: Path, end: str) -> None:
+    monitor = registered(agent, tmp_path)
+    monitor.stop() if end == "stopped" else monitor.kill()
+    without = without_router(monitor)
+
+    def state() -> dict[str, bytes]:
+        """Names and contents; that of the shared memory has no meaning while nobody runs."""
+        found = [path for path in monitor.db_path.parent.iterdir() if path.is_file() and path != monitor.log_path]
+        return {path.name: b"" if path.name.endswith("-shm") else path.read_bytes() for path in found}
+
+    before = state()
+    for words in (site(monitor), without):
+        shown = command("status", *words, code=NOT_RUNNING)
+        assert "no process has its spool open: start it" in shown
+        assert "0 wait for their row" in shown
+    assert state() == before
+
+
+def test_an_agent_that_lives_and_is_not_on_the_router_is_told(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    with Router(tmp_path / "other") as other:
+        shown = command("status", *elsewhere(monitor, other.http_url), code=UNKNOWN)
+    assert "UNKNOWN" in shown
+    assert "does not answer over the router" in shown
+    assert "listening" in shown  # what spool, database and kernel say
+
+
+def test_where_nothing_can_be_known_that_is_told(tmp_path: Path) -> None:
+    shown = command("status", "--db-path", tmp_path / "none.db", code=UNKNOWN)
+    assert "where the router is, is not known: name the site config" in shown
+    assert "is this the agent's host, and --spool-path or --db-path its own?" in shown
+
+
+class SilentRouter(BaseHTTPRequestHandler):
+    """Answers while the agent behind it does not: no call ever has a reply."""
+
+    def do_GET(self) -> None:
+        self.send_error(405)
+
+    def do_POST(self) -> None:
+        self.rfile.read()  # until the caller gives up
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def silent_router() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SilentRouter) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def deaf_router() -> Iterator[int]:
+    """A router that hangs: connections are made, and that is all."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("router_", "code", "said"),
+    [
+        (silent_router, UNKNOWN, "does not answer within 0 s, though the router does"),
+        (deaf_router, ALL_WELL, "the router does not answer"),
+    ],
+)
+def test_who_hangs_is_told(
+    agent: StartAgent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    router_: Callable[[], object],
+    code: int,
+    said: str,
+) -> None:
+    monitor = registered(agent, tmp_path)
+    monkeypatch.setattr(client, "_AGENT_S", 0.3)
+    monkeypatch.setattr(client, "_ROUTER_S", 0.3)
+    with router_() as port:
+        found = report(elsewhere(monitor, f"http://127.0.0.1:{port}/call"))
+    assert found.state.value == code
+    assert said in found.note
+
+
+def test_without_a_router_a_socket_of_another_process_is_not_the_agents(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    words = without_router(monitor)
+    monitor.stop()
+    bind = (
+        "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+        f" s.bind(('127.0.0.1', {monitor.udp_port})); print('bound', flush=True); sys.stdin.read()"
+    )
+    with spoolfile.take_lock(spool(monitor)):  # as an agent that has lost its socket
+        assert report(words).reasons.keys() == {"socket"}
+        with subprocess.Popen([sys.executable, "-c", bind], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"bound\n"
+            assert report(words).reasons.keys() == {"socket"}
+            other.communicate()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+            own.bind(("127.0.0.1", monitor.udp_port))
+            assert report(words).state is State.ALL_WELL
+
+
+def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path: Path) -> None:
+    odd = ["/a/[/bold]x", "/a/[red]x[/red]", "/a/\x1b[31mred", "/a/\x1b]0;title\x07", "/a/\u202egpj.exe"]
+    monitor = agent(options=[["--give-up-after", 0]])
+    with contextlib.closing(Publisher("[/]\x1b[2J", monitor.address)) as publisher:
+        for path in odd:
+            publisher.data_file(path, action="[red]", action_ts="1700000000")
+    of_agent = monitor.client()
+    monitor.wait_for(lambda: files(of_agent).get("dead") == len(odd), 10, "has no place for them")
+
+    done = run(OWN_BIN / "socs-monitor", "status", *site(monitor))
+    assert done.stderr == ""
+    assert all(character.isprintable() or character == "\n" for character in done.stdout), repr(done.stdout)
+
+
+def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    terminal, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    watch = [OWN_BIN / "socs-monitor", "status", "--watch", *site(monitor)]
+    seen = b""
+    with subprocess.Popen(watch, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True) as watcher:
+        os.close(slave)
+        os.set_blocking(terminal, False)
+
+        def shows(what: bytes) -> bool:
+            nonlocal seen
+            with contextlib.suppress(BlockingIOError, OSError):
+                seen += os.read(terminal, 65_536)
+            return what in seen
+
+        wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
+        sent = announce(monitor, tmp_path / "more", 4)
+        wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
+        assert sent
+        watcher.send_signal(signal.SIGINT)
+        wait_until(lambda: shows(b"\x1b[?1049l") and watcher.poll() is not None, 20, "it leaves the terminal as it was")
+    shows(b"")
+    os.close(terminal)
+    after = seen.partition(b"\x1b[?1049l")[2]
+    assert watcher.returncode == ALL_WELL
+    assert b"7 registered" in after  # the last view stays
+    assert b"Traceback" not in seen
+
+
+def test_environment_leads_to_the_agent_as_in_its_container(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = registered(agent, tmp_path)
+    (monitor.site_config.parent / "default.yaml").write_text(
+        monitor.site_config.read_text().replace(monitor.INSTANCE, "another").replace("wamp_http: http", "wamp_http: no")
+    )
+    env = {"OCS_CONFIG_DIR": str(monitor.site_config.parent), "INSTANCE_ID": monitor.INSTANCE}
+    words = [OWN_BIN / "socs-monitor", "status", "--brief"]
+    url = re.findall("wamp_http: (.*)", monitor.site_config.read_text())[0]
+
+    assert run(*words, env=env).returncode == UNKNOWN
+    done = run(*words, env={**env, "SITE_HTTP": url, "SITE_HOST": "localhost"})
+    assert (done.returncode, done.stdout, done.stderr) == (ALL_WELL, "all well\n", "")
+
+
+def test_exit_codes_are_in_the_help() -> None:
+    said = command("status", "--help")
+    assert re.search(r"0 all well; 1 .*asked; 2 .*usage; 3 degraded.*; 4 not running", " ".join(said.split()))
