@@ -101,6 +101,10 @@ class Registrar:
         self._stopping.set()
         self._intake.wake()
 
+    def resume(self) -> None:
+        """Forget a `stop` that came when `run` had ended."""
+        self._stopping.clear()
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not beyond `stop`."""
         self._stopping.wait(seconds)
@@ -134,10 +138,10 @@ class Registrar:
                 self._work.extend(self._intake.take(0.0 if self._work else timeout))
                 self._hash()
             worked = bool(self._unwritten or self._owed)
+            self._pay()
             while self._unwritten:
                 self._write()
                 self._pay()
-            self._pay()
         except SpoolError as error:
             self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again")
             self._block()
@@ -209,6 +213,7 @@ class Registrar:
         """Look again at files that were registered; settle those that stayed as they were, take up the others."""
         now = self._clock()
         settled: list[Registration] = []
+        changed: list[Failure] = []
         if self._settling and self._settling[0][0] <= now and self._database.is_replaced():
             self._unwritten.extend(batch for _, _, batch in self._settling)
             self._settling.clear()
@@ -226,9 +231,12 @@ class Registrar:
                     self._unstable[registration.id] = min(2 * delay, SETTLE_MAX_S)
                     text = "a file changed after it was registered, hashing it again"
                     self._stats.repeated("info", "changed", text, path=entry.local_path)
+                    changed.append(Failure(registration, text, due=now))
                     self._work.append(registration)
         if settled:
             self._owe(self._remove, settled)
+        if changed:  # who reads the spool's file is not to take them for registrations that never got a row
+            self._owe(self._spool.wait, changed)
 
     def _hash(self) -> None:
         """Hash small files at once and have the pool hash the others; sort what came out."""
