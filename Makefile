@@ -55,8 +55,8 @@ bench: $(READY) $(ROUTER) $(PEER) ## this agent beside the bare work and the pub
 soak: $(READY) $(ROUTER) $(PEER) ## a day's load with the published SupRsync, and random kills of both
 	$(BIN)/python -m tests.soak
 
-clean: ## remove the environments and ./var
-	rm -rf $(ENVS) var
+clean: ## remove the environments, ./build and ./var
+	rm -rf $(ENVS) build var
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(ENVS)/main
