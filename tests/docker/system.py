@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.harness import ROOT, free_tcp_port, free_udp_port, rows, wait_until
 
 AGENT = "ocs-pysmurf-monitor"
 ROUTER = "ocs-crossbar"
-HEALTH = ["python3", "/usr/local/lib/socs-monitor/healthcheck.py"]
+HEALTH = ["socs-monitor", "status", "--brief"]
 # Whatever this shell or a .env has for a real system must not reach into the tests.
 DEFAULTS = {
     **{"CB_HOST": "127.0.0.1", "SOCS_TAG": "latest", "OCS_CONFIG_DIR": "./docker/config", "DATA_DIR": "/data"},
@@ -145,9 +146,9 @@ services:
         """A SMuRF server that writes into the scratch folder and sends to the agent."""
         return SmurfServer(self.data, ("127.0.0.1", self.udp_port), seen_as="/data")
 
-    def wait_healthy(self, said: str) -> None:
+    def wait_healthy(self, said: str = "all well\n") -> None:
         """Wait until the health check says so."""
-        wait_until(lambda: self.health().stdout.startswith(f"healthy: {said}"), 90, f"the health check says {said!r}")
+        wait_until(lambda: self.health().stdout.startswith(said), 90, f"the health check says {said!r}")
 
     def wait_registered(self, sent: Sequence[Message]) -> None:
         """Wait until each file that was sent has its row, and just one."""
@@ -164,6 +165,22 @@ services:
         """The command line that runs a command on the data in another container, as another user."""
         run = ["docker", "run", "--rm", "--interactive", "--user", user, "--volume", f"{self.data}:/data"]
         return [*run, "--entrypoint", command[0], f"socs-monitor:{self.name}", *command[1:]]
+
+    @contextlib.contextmanager
+    def locked_database(self) -> Iterator[None]:
+        """Another process holds the write lock."""
+        hold = (
+            "import sqlite3, sys; db = sqlite3.connect('/data/so/databases/suprsync.db', isolation_level=None); "
+            "db.execute('BEGIN IMMEDIATE'); print('locked', flush=True); sys.stdin.read()"
+        )
+        command = self.beside("cryo:smurf", "python3", "-c", hold)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"locked\n"
+            yield
+            holder.stdin.close()
+        assert holder.returncode == 0
 
     def remove(self) -> None:
         """Take everything away again, also what belongs to the agent's user."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def test_health_check_is_healthy(system: System) -> None:
     done = system.health()
-    assert (done.stdout, done.returncode) == ("healthy: 'run' is running\n", 0)
+    assert (done.stdout, done.returncode) == ("all well\n", 0)
     assert system.inspect()["State"]["Health"]["Status"] == "healthy"
     assert system.inspect(ROUTER)["State"]["Health"]["Status"] == "healthy"
 
@@ -30,9 +30,20 @@ def test_health_check_sees_run_stopped(system: System) -> None:
         wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "unhealthy", 30, "Docker says unhealthy")
     finally:
         client.run.start()
-    assert done.returncode == 1
-    assert done.stdout.startswith("unhealthy: 'run' is done")
-    system.wait_healthy("'run' is running")
+    assert done.returncode == 4
+    assert done.stdout.startswith("not running; run: it is done")
+    system.wait_healthy()
+
+
+def test_health_check_sees_that_files_do_not_get_through(system: System) -> None:
+    with system.locked_database(), system.smurf_server() as server:
+        sent = server.send(server.messages(5))
+        wait_until(lambda: system.health().returncode == 3, 30, "the health check says degraded")
+        assert system.health().stdout.startswith("degraded; database: the database")
+        wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "unhealthy", 60, "Docker says unhealthy")
+    system.wait_registered(sent)
+    system.wait_healthy()
+    wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "healthy", 30, "Docker says healthy")
 
 
 class SilentAgentRouter(BaseHTTPRequestHandler):
@@ -59,17 +70,29 @@ def test_health_check_sees_an_agent_that_hangs(system: System) -> None:
             router.shutdown()
             thread.join()
     assert done.returncode == 1
-    assert done.stdout.startswith("unhealthy: the agent does not answer")
+    assert "does not answer within 6 s, though the router does" in done.stdout
 
 
 def test_health_check_sees_an_agent_that_is_not_on_the_router(system: System) -> None:
     done = system.execute(HEALTH, options=["--env", "INSTANCE_ID=somebody-else"])
     assert done.returncode == 1
-    assert done.stdout.startswith("unhealthy: the agent cannot be reached, though the router answers")
+    assert done.stdout.startswith("unknown; agent: the agent somebody-else does not answer over the router")
 
 
-def test_health_check_sees_a_closed_port(system: System) -> None:
-    # dumb-init has a child here as well, and it listens to nothing
-    done = system.compose("run", "--rm", "--no-deps", "--entrypoint", "dumb-init", AGENT, *HEALTH, check=False)
-    assert done.returncode == 1
-    assert done.stdout.startswith("unhealthy: the agent has no UDP port open")
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        # a process that has the agent's spool and no socket, as an agent that lost it
+        ("flock /data/so/databases/suprsync.db.pysmurf-monitor.spool.lock", 3, "degraded; socket: the agent does not"),
+        ("", 4, "not running; agent: no process has its spool open"),
+    ],
+)
+def test_health_check_sees_without_a_router_what_is_wrong(system: System, command: str, code: int, said: str) -> None:
+    words = ["run", "--rm", "--no-deps", "--env", "SITE_HTTP=http://127.0.0.1:1/call", "--entrypoint", "dumb-init"]
+    system.compose("stop", AGENT)
+    try:
+        done = system.compose(*words, AGENT, *command.split(), *HEALTH, check=False)
+    finally:
+        system.compose("start", AGENT)
+    assert (done.returncode, done.stdout[: len(said)]) == (code, said)
+    system.wait_healthy()
