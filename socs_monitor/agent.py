@@ -11,6 +11,9 @@ import functools
 import ipaddress
 import os
 import queue
+import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,17 +28,20 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import LoopingCall
 
-from socs_monitor import messages, options, udp
+from socs_monitor import messages, options, statsfeed, udp
 from socs_monitor.archive import create_remote_path
 from socs_monitor.feeds import Feeds
 from socs_monitor.intake import Intake
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
 from socs_monitor.registrar import Registrar
+from socs_monitor.report import Report
+from socs_monitor.sequences import Sequences
 from socs_monitor.siteconfig import parse_args
 from socs_monitor.spool import MAX_BYTES, Incoming, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
+from socs_monitor.statsfeed import StatsFeed
 from socs_monitor.suprsync import Database
 from socs_monitor.tasks import Tasks
 
@@ -87,8 +93,11 @@ class PysmurfMonitor(DatagramProtocol):
         self.echo_sql: bool = args.echo_sql
         self._args = args
         self._session: Any = None
+        self._ended: Any = None  # the session of the run that ended last
+        self._ending = threading.Lock()
         self._receiver: udp.Receiver | None = None
         self._stats = Stats(self._say)
+        self._sequences = Sequences()
         self._feeds = Feeds(agent, self._stats)
         self._is_allowed = _membership(getattr(args, "allow_sender", ()))
 
@@ -114,6 +123,10 @@ class PysmurfMonitor(DatagramProtocol):
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
         return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), debug)
 
+    @functools.cached_property
+    def _report(self) -> Report:
+        return Report(self._stats, self._sequences, self._spool, self._intake)
+
     def start(self) -> None:
         """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
 
@@ -123,10 +136,14 @@ class PysmurfMonitor(DatagramProtocol):
         """
         self._intake.start()
         Tasks(self._spool, self._intake, self._registrar, self._stats, self.db_path).register(self.agent)
-        self._receiver = self._listen()
+        self._receiver = self._report.receiver = self._listen()
         self._feeds.start(reactor)
-        LoopingCall(self._show).start(_SHOW_INTERVAL_S)
+        stats_feed = StatsFeed(self.agent, self._report.data, self._stats.streams.files)
+        self._each(_SHOW_INTERVAL_S, self._look)
+        self._each(statsfeed.INTERVAL_S, stats_feed.publish)
+        # OCS takes leave of the router in another trigger, so what is published here is on the wire before
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
+        reactor.addSystemEventTrigger("before", "shutdown", stats_feed.publish)
         # without a router OCS stops no session, and the reactor would wait for the thread of `run`
         reactor.addSystemEventTrigger("before", "shutdown", self._registrar.stop)
         reactor.addSystemEventTrigger("after", "shutdown", self._receiver.drain)
@@ -173,7 +190,9 @@ class PysmurfMonitor(DatagramProtocol):
             message = messages.parse(_data)
         except MessageError as error:
             stats.useless(error.reason, addr[0])
+            self._sequences.seen(addr, messages.envelope_of(_data))  # it did arrive
             return
+        self._sequences.seen(addr, message.envelope)
         kind = message.envelope["type"]
         stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
@@ -202,28 +221,54 @@ class PysmurfMonitor(DatagramProtocol):
                 for testing. Default is False.
 
         Notes:
-            The session data is updated every second, and at the end::
+            The session data is updated every second, and at the end. Counters begin at the agent's start, times
+            are unix times, None where there was nothing yet::
 
                 >>> response.session['data']
                 {'timestamp': 1700000000.5,
                  'degraded': {},
                  'datagrams': {'total': 1042, 'bytes': 331811,
                                'by_type': {'metadata': 992, 'data_file': 30, 'g3_file': 20}},
-                 'malformed': {},
+                 'malformed': {'not JSON': 2},
                  'refused': {},
                  'unpublished': {},
+                 'lost': {'gaps': 3, 'kernel': 0, 'reordered': 0,
+                          'senders': [{'sender': '10.0.0.1:40000', 'id': 'crate1slot2',
+                                       'script': 'undeclared', 'lost': 3, 'last': 1700000000.1}]},
+                 'socket': {'buffer_asked': 33554432, 'buffer': 33554432, 'rebinds': 0, 'listening': True},
                  'files': {'received': 50, 'registered': 49, 'pending': 0, 'waiting': 1, 'dead': 0,
                            'discarded': 0, 'settling': 3,
-                           'last': '/data/so/timestreams/17000/crate1slot2/1700000000_002.g3'},
-                 'problems': []}
+                           'last': '/data/so/timestreams/17000/crate1slot2/1700000000_002.g3',
+                           'last_time': 1700000000.2},
+                 'queue': {'depth': 0, 'oldest': 0.0},
+                 'database': {'write': 0.003, 'write_max': 0.02, 'errors': 0},
+                 'spool': {'bytes': 12345, 'max_bytes': 1073741824},
+                 'streams': {'crate1slot2': {'files_today': 12, 'last_file': 1700000000.1,
+                                             'last_metadata': 1700000000.4}},
+                 'problems': [{'time': 1700000000.1, 'text': '3 messages of ...'}]}
 
-            ``degraded`` maps each condition under which files do not get through to its reason. Of the
-            ``files``, ``received`` always equals ``registered`` + ``pending`` + ``waiting`` + ``dead`` +
-            ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more.
+            ``degraded`` maps each condition under which files do not get through to its reason: what happened,
+            what it means, what to do. The conditions are ``database``, ``spool``, ``intake``, ``spool entries``,
+            ``spool sync``, ``spool size`` (nearly full), ``oldest`` (a file waits for its row for more than a
+            minute), ``given up`` (a file was looked for in vain; for an hour), ``gaps`` and ``kernel drops``
+            (messages were lost; for five minutes), ``socket`` and ``unforeseen``. Each ends by itself.
+
+            ``malformed`` are datagrams that were no message, ``refused`` registrations that could not even be
+            kept, ``unpublished`` messages that reached no feed, each by reason. ``lost`` are messages that never
+            came: ``gaps`` are missing by their senders' sequence numbers, those of the latest ten ``senders`` by
+            themselves, and ``kernel`` are datagrams that this host's kernel dropped, most of which are gaps, too.
+            ``reordered`` ones came late, and are no loss.
+
+            Of the ``files``, ``received`` always equals ``registered`` + ``pending`` + ``waiting`` + ``dead`` +
+            ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more. The
+            ``queue`` holds the pending ones; its ``oldest`` is an age in seconds. ``database`` tells the seconds
+            that the last commit took, and the longest of the last minute. ``streams`` are the latest 50, with the
+            files of this day (UTC), and ``problems`` the latest 20.
         """
         once = bool((params or {}).get("test_mode")) or bool(getattr(self._args, "test_mode", False))
         self._session = session
         self.running = True
+        self._stats.forget("database", "spool entries", "unforeseen")  # it will be seen anew whether they hold
         self._show()
         try:
             if once:
@@ -232,7 +277,10 @@ class PysmurfMonitor(DatagramProtocol):
             else:
                 self._run_for_ever()
         finally:
-            self.running = False
+            with self._ending:
+                self._ended = session
+                self.running = False
+                self._registrar.resume()
             self._show()
         return True, "Monitor exited cleanly."
 
@@ -255,15 +303,32 @@ class PysmurfMonitor(DatagramProtocol):
 
     def _stop(self, session: Any, params: Any = None) -> tuple[bool, str]:
         """Stop the process ``run``; what is not done stays in the spool."""
-        self.running = False
-        self._registrar.stop()
+        with self._ending:
+            if session is not self._ended:  # a stop that comes too late is not for the next run
+                self.running = False
+                self._registrar.stop()
         session.set_status("stopping")
         return True, "Done monitoring."
 
+    def _each(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do something now and again, also when it failed once."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 (Twisted would not call it again, and nobody would notice)
+                text = f"unforeseen error {error!r}; please report it"
+                self._stats.repeated("error", "unforeseen", text, traceback=traceback.format_exc())
+
+        LoopingCall(guarded).start(seconds)
+
+    def _look(self) -> None:
+        self._report.look()
+        self._show()
+
     def _show(self) -> None:
-        self._stats.digest()
         if self._session is not None:
-            self._session.data = self._stats.data(self._spool.counts)
+            self._session.data = self._report.data()
             self._session.degraded = self._stats.degraded
 
     def _say(self, level: str, text: str) -> None:
@@ -301,6 +366,7 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until the reactor has its own: there is nothing to end yet
     parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's
     txaio.start_logging(level=_LOG_LEVEL)  # type: ignore[attr-defined]
     agent, runner = ocs_agent.init_site_agent(parsed)

@@ -10,13 +10,14 @@ consumer reads the rest from the spool (`Intake.take`), which is how it begins a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages
 from socs_monitor.spool import Incoming, Registration, Spool
@@ -40,6 +41,13 @@ _IN_MEMORY = "What arrives is kept in memory until it works again, and refused w
 Meta = dict[str, Any]
 
 
+class Measure(NamedTuple):
+    """The spool's size in bytes, and when its oldest pending registration arrived: unix time, None if there is none."""
+
+    bytes: int
+    oldest: float | None
+
+
 class Intake:
     """The spool's front. Until `start` is called there is no thread, and `put` itself does all the work.
 
@@ -48,11 +56,15 @@ class Intake:
         file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
         stats: Counts what is received and learns of trouble.
         clock: Gives unix time.
+
+    Attributes:
+        measured (Measure): How the spool was at the latest `measure`.
     """
 
     def __init__(
         self, spool: Spool, file_queue: queue.Queue[Meta], stats: Stats, clock: Callable[[], float] = time.time
     ) -> None:
+        self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
         self._stats = stats
@@ -223,6 +235,11 @@ class Intake:
                 heads = self._spool.pending(self._cursor, 1)
             return heads[0].received if heads else None
 
+    def measure(self) -> None:
+        """Measure the spool; it may take as long as the disk does."""
+        with contextlib.suppress(SpoolError):  # which is told of where it is used
+            self.measured = Measure(self._spool.bytes, self.oldest)
+
     def _adopt(self, metas: list[Meta]) -> None:
         """Accept what somebody else put on the queue; what is accepted is no longer in `metas`."""
         while metas:
@@ -257,3 +274,4 @@ class Intake:
                 self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced")
             else:
                 self._stats.cured("spool sync", "the spool can be synced again")
+            self.measure()

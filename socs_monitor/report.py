@@ -1,0 +1,158 @@
+"""How the agent is: ``session.data``, and the conditions that the figures in it make.
+
+`Report.look` is for the reactor's thread, each second; `Report.data` for any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from socs_monitor.intake import Intake
+from socs_monitor.sequences import Sequences
+from socs_monitor.spool import Spool
+from socs_monitor.stats import Stats
+from socs_monitor.udp import Receiver
+
+# Seconds for which messages that were lost degrade the agent.
+LOSS_S = 300.0
+
+# Part of its size above which the spool is nearly full.
+NEARLY_FULL = 0.9
+
+# Seconds for which a registration may wait for its row.
+OLDEST_S = 60.0
+
+_LOST = (
+    "A data_file among them cannot be asked for again. Missing timestreams are found and registered with: socs-monitor"
+    " backfill ROOT"
+)
+
+
+class Report:
+    """Looks at all parts of the agent.
+
+    Args:
+        stats: Counters and conditions.
+        sequences: Knows what senders lost.
+        spool: The spool.
+        intake: Measures it.
+        clock: Gives unix time.
+
+    Attributes:
+        receiver (Receiver): The UDP port; None before there is one.
+    """
+
+    def __init__(
+        self, stats: Stats, sequences: Sequences, spool: Spool, intake: Intake, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._stats = stats
+        self._sequences = sequences
+        self._spool = spool
+        self._intake = intake
+        self._clock = clock
+        self._begin = clock()
+        self._dropped = 0
+        self.receiver: Receiver | None = None
+
+    def look(self) -> None:
+        """Log what is due, and let conditions begin and end."""
+        self._stats.digest()
+        self._look_for_gaps()
+        if self.receiver is not None:
+            self._look_at_socket(self.receiver)
+        self._look_at_spool()
+        self._look_at_oldest()
+
+    def _look_for_gaps(self) -> None:
+        for loss in self._sequences.settle():
+            when = datetime.fromtimestamp(loss.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            text = (
+                f"{loss.lost} messages of {loss.sender} ({loss.id}, {loss.script}) were lost on their way at {when},"
+                f" {self._sequences.lost} of all senders so far. {_LOST}"
+            )
+            keys = {"sender": loss.sender, "id": loss.id, "script": loss.script}
+            self._stats.repeated("warn", "gap", text, **keys, lost=loss.lost)
+            self._stats.alarm("gaps", text, LOSS_S)
+
+    def _look_at_socket(self, receiver: Receiver) -> None:
+        stats = self._stats
+        receiver.measure()
+        if (dropped := receiver.dropped - self._dropped) > 0:
+            text = (
+                f"the kernel dropped {dropped} datagrams, {receiver.dropped} so far: they came faster than the agent"
+                f" read them, and its receive buffer of {receiver.buffer} bytes was full. {_LOST}. See that the host is"
+                f" not overloaded; where the buffer is below the {receiver.asked} bytes asked for: sysctl -w"
+                f" net.core.rmem_max={receiver.asked}"
+            )
+            stats.repeated("warn", "kernel_drops", text, dropped=dropped)
+            stats.alarm("kernel drops", text, LOSS_S)
+        self._dropped = receiver.dropped
+        if receiver.listening:
+            stats.cured("socket", "the UDP port is bound again")
+        else:
+            stats.trouble(
+                "socket",
+                f"the UDP port {receiver.port} cannot be bound: no message arrives, and what is sent now is lost. It is"
+                " tried again every second. Find out who has the port: ss -ulpn",
+            )
+
+    def _look_at_spool(self) -> None:
+        bytes_, most = self._intake.measured.bytes, self._spool.max_bytes
+        if bytes_ > NEARLY_FULL * most:
+            self._stats.trouble(
+                "spool size",
+                f"the spool has {bytes_} of its {most} bytes: when it is full, registrations are refused, and lost. See"
+                " why files are not registered: the other conditions, and socs-monitor failed list. To take more in,"
+                " start the agent with a larger --spool-size",
+            )
+        else:
+            self._stats.cured("spool size", "the spool has room again")
+
+    def _look_at_oldest(self) -> None:
+        # what a stopped agent left behind has a minute from the start
+        waited = min(self._age(), self._clock() - self._begin)
+        if waited > OLDEST_S:
+            self._stats.trouble(
+                "oldest",
+                f"a registration waits for its row for {waited:.0f} s: files are not being registered, or slower than"
+                " they come. Nothing is lost. See that the process run is running, and the other conditions; large"
+                " files on a slow disk take their time",
+            )
+        else:
+            self._stats.cured("oldest", "registrations get their rows in time again")
+
+    def _age(self) -> float:
+        """Age of the oldest registration that has no row yet, in seconds."""
+        oldest = self._intake.measured.oldest
+        if oldest is None or not self._spool.counts["pending"]:
+            return 0.0
+        return max(0.0, self._clock() - oldest)
+
+    def data(self) -> dict[str, Any]:
+        """Build ``session.data``."""
+        counts = self._spool.counts
+        receiver = self.receiver
+        lost = {
+            "gaps": self._sequences.lost,
+            "kernel": receiver.dropped if receiver else 0,
+            "reordered": self._sequences.reordered,
+            "senders": [
+                {"sender": loss.sender, "id": loss.id, "script": loss.script, "lost": loss.lost, "last": loss.time}
+                for loss in self._sequences.latest()
+            ],
+        }
+        return {
+            **self._stats.data(counts),
+            "lost": lost,
+            "socket": {
+                "buffer_asked": receiver.asked if receiver else 0,
+                "buffer": receiver.buffer if receiver else 0,
+                "rebinds": receiver.rebinds if receiver else 0,
+                "listening": receiver is not None and receiver.listening,
+            },
+            "queue": {"depth": counts["pending"], "oldest": self._age()},
+            "spool": {"bytes": self._intake.measured.bytes, "max_bytes": self._spool.max_bytes},
+        }
