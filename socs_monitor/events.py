@@ -39,22 +39,24 @@ AT_WILL = frozenset({"refused", "dropped", "not_published", "field"})
 # What can stand in logfmt without quotes.
 _PLAIN = re.compile(r"[^\s\"=\\]+")
 
-# Characters of a value; of a longer one the middle is left out.
-_MAX_VALUE = 4000
+# Characters of a value, and of a traceback, which is of our own making; of a longer one the middle is left out.
+_MAX_VALUE = 400
+_MAX_TRACEBACK = 8000
 
 
 def line(event: str, text: str, keys: Mapping[str, object]) -> str:
     """Return the line of an `event` (one of `EVENTS`): `text`, then the event and `keys`."""
-    pairs = "".join(f" {key}={_value(value)}" for key, value in keys.items())
+    pairs = "".join(f" {key}={_value(key, value)}" for key, value in keys.items())
     return f"{text} | event={event}{pairs}"
 
 
-def _value(value: object) -> str:
+def _value(key: str, value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    if len(text) > _MAX_VALUE:
-        text = f"{text[: _MAX_VALUE // 2]} ... {text[-_MAX_VALUE // 2 :]}"
+    most = _MAX_TRACEBACK if key == "traceback" else _MAX_VALUE
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     if not text.isprintable():
         return json.dumps(text)
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -292,3 +292,54 @@ def test_a_port_in_use_is_an_error_at_the_start(bench: Bench) -> None:
     second = bench.listener(bench.address[1])
     with pytest.raises(CannotListenError, match="in use"):
         second.startListening()
+
+
+def overflow(bench: Bench) -> int:
+    """Send more than the buffer holds, and return how many of it the kernel had no room for."""
+    count = 4 * ASKED // 1000
+    bench.send(*[b"x" * 1000] * count)
+    return count - sum(len(bench.read()) for _ in range(count))
+
+
+def test_what_the_kernel_dropped_is_counted(bench: Bench) -> None:
+    bench.receiver.measure()
+    assert bench.receiver.dropped == 0
+    dropped = overflow(bench)
+    assert dropped > 0
+    bench.receiver.measure()
+
+    assert bench.receiver.dropped == dropped
+
+
+def test_what_was_dropped_is_counted_over_all_sockets(bench: Bench) -> None:
+    dropped = overflow(bench)
+    bench.break_socket(OSError(errno.EIO, "broken"))
+    bench.read()
+    assert bench.receiver.rebinds == 1
+    dropped += overflow(bench)
+    bench.receiver.measure()
+    bench.receiver.measure()
+
+    assert bench.receiver.dropped == dropped
+
+
+def test_a_kernel_that_does_not_tell_of_drops_is_no_error(bench: Bench, monkeypatch: Any) -> None:
+    monkeypatch.setattr(udp, "_SO_MEMINFO", 4711)  # an option that no kernel knows
+    bench.receiver.measure()
+
+    assert bench.receiver.dropped == 0
+
+
+@twisted_lets_go_of_it
+def test_it_listens_but_while_the_port_is_somebody_elses(bench: Bench) -> None:
+    assert bench.receiver.listening
+    bench.break_socket(OSError(errno.EIO, "broken"))
+    bench.receiver.socket._real.close()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(bench.address)
+        bench.read()
+        assert not bench.receiver.listening
+        bench.receiver.measure()
+    bench.reactor.advance(1)
+
+    assert bench.receiver.listening

@@ -1,0 +1,244 @@
+"""The session data of real parts, and the conditions: when they begin, what they say, and that each ends by itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
+from socs_monitor.sequences import GRACE_S, Sequences
+from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
+from tests.chain import Chain, Clock, write_lock
+from tests.unit.test_udp import ASKED, overflow, twisted_lets_go_of_it
+from tests.unit.test_udp import Bench as Port
+
+SENDER = ("10.0.0.1", 40000)
+
+
+class Bench:
+    """A report of a chain, a port and sequences; all but the port have the chain's clock."""
+
+    def __init__(self, chain: Chain, clock: Clock) -> None:
+        self.chain = chain
+        self.clock = clock
+        self.port = Port()
+        self.sequences = Sequences(clock)
+        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock)
+        self.report.receiver = self.port.receiver
+
+    def arrive(self, *numbers: int, id_: str = "crate1slot2") -> None:
+        for number in numbers:
+            self.sequences.seen(SENDER, {"id": id_, "script": "undeclared", "seq_no": number})
+
+    def look(self, after: float = 0.0) -> dict[str, Any]:
+        """Let time pass, look, and return the session data."""
+        self.clock.advance(after)
+        self.chain.intake.measure()
+        self.report.look()
+        data = json.loads(json.dumps(self.report.data()))
+        assert len(json.dumps(data)) < 100_000
+        return data
+
+    def degraded(self, after: float = 0.0) -> dict[str, str]:
+        degraded: dict[str, str] = self.look(after)["degraded"]
+        return degraded
+
+    def lines(self, event: str) -> list[tuple[str, str]]:
+        """Levels and lines of an event."""
+        return [(level, text) for level, text in self.chain.said if f"| event={event}" in text]
+
+
+@pytest.fixture
+def bench(chain: Chain, clock: Clock) -> Iterator[Bench]:
+    bench = Bench(chain, clock)
+    yield bench
+    bench.port.close()
+
+
+def test_the_session_data_has_all_the_documented_keys(bench: Bench, clock: Clock) -> None:
+    bench.chain.write("x", b"x")
+    bench.chain.accept("x")
+    bench.look()
+    clock.advance(2)
+    data = bench.look()
+
+    assert data["queue"] == {"depth": 1, "oldest": 2.0}
+    assert data["lost"] == {"gaps": 0, "kernel": 0, "reordered": 0, "senders": []}
+    socket_data = {"buffer_asked": ASKED, "buffer": ASKED, "rebinds": 0, "listening": True}
+    assert data["socket"] == socket_data
+    assert data["spool"] == {"bytes": bench.chain.spool.bytes, "max_bytes": bench.chain.spool.max_bytes}
+    assert data["spool"]["bytes"] > 0
+    assert data["streams"] == {}
+    assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0}
+    bench.chain.step()
+    data = bench.look()
+    assert data["queue"] == {"depth": 0, "oldest": 0.0}
+    assert data["files"]["last_time"] == data["timestamp"] == clock.now
+    assert data["streams"] == {"crate1slot2": {"files_today": 1, "last_file": clock.now, "last_metadata": None}}
+    assert 0 < data["database"]["write"] == data["database"]["write_max"] < 5
+    assert data["degraded"] == {}
+
+
+def test_a_file_that_changed_is_not_counted_again(bench: Bench, clock: Clock) -> None:
+    bench.chain.write("x", b"x")
+    bench.chain.accept("x")
+    bench.chain.step()
+    bench.chain.write("x", b"y")
+    clock.advance(10)
+    bench.chain.step()
+
+    assert len(bench.lines("registered")) == 2
+    assert bench.look()["streams"]["crate1slot2"]["files_today"] == 1
+
+
+def test_before_there_is_a_port_nobody_listens(bench: Bench) -> None:
+    bench.report.receiver = None
+
+    data = bench.look()
+    assert data["socket"] == {"buffer_asked": 0, "buffer": 0, "rebinds": 0, "listening": False}
+    assert data["degraded"] == {}
+
+
+def test_a_gap_is_told_with_all_that_is_known_and_degrades_for_five_minutes(bench: Bench, clock: Clock) -> None:
+    bench.arrive(0, 4)
+    seen = clock.now
+    assert bench.degraded() == {}, "they may still come"
+    data = bench.look(GRACE_S)
+
+    sender = {"sender": "10.0.0.1:40000", "id": "crate1slot2", "script": "undeclared", "lost": 3, "last": seen}
+    assert data["lost"] == {"gaps": 3, "kernel": 0, "reordered": 0, "senders": [sender]}
+    reason = data["degraded"]["gaps"]
+    assert reason.startswith("3 messages of 10.0.0.1:40000 (crate1slot2, undeclared) were lost")
+    assert "2023-11-14 22:13:" in reason
+    assert "socs-monitor backfill ROOT" in reason
+    ((level, text),) = bench.lines("gap")
+    assert level == "warn"
+    assert text == f"{reason} | event=gap sender=10.0.0.1:40000 id=crate1slot2 script=undeclared lost=3"
+    assert data["problems"][-1]["text"] == reason
+    assert bench.degraded(LOSS_S - 1)
+    assert bench.degraded(1) == {}
+
+
+def test_any_number_of_gaps_is_a_line_a_minute(bench: Bench) -> None:
+    for number in range(0, 200, 2):
+        bench.arrive(number)
+        bench.look(GRACE_S / 2)
+    bench.look(DIGEST_S)
+
+    assert 2 <= len(bench.lines("gap")) <= 3
+    assert bench.look()["lost"]["gaps"] == 99
+    assert "more like this in the last minute" in bench.lines("gap")[-1][1]
+
+
+def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
+    assert bench.degraded() == {}
+    dropped = overflow(bench.port)
+    data = bench.look()
+
+    assert data["lost"]["kernel"] == dropped > 0
+    reason = data["degraded"]["kernel drops"]
+    assert reason.startswith(f"the kernel dropped {dropped} datagrams")
+    assert f"sysctl -w net.core.rmem_max={ASKED}" in reason
+    assert [level for level, _ in bench.lines("kernel_drops")] == ["warn"]
+    assert bench.degraded(LOSS_S - 1)
+    assert bench.degraded(1) == {}
+    assert bench.look()["lost"]["kernel"] == dropped
+
+
+@twisted_lets_go_of_it
+def test_a_port_that_is_lost_degrades_until_it_is_bound_again(bench: Bench) -> None:
+    bench.port.break_socket(OSError(errno.EIO, "broken"))
+    bench.port.receiver.socket._real.close()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(bench.port.address)
+        bench.port.read()
+        data = bench.look()
+        assert data["socket"]["listening"] is False
+        assert "cannot be bound" in data["degraded"]["socket"]
+        assert "ss -ulpn" in data["degraded"]["socket"]
+    bench.port.reactor.advance(1)
+    data = bench.look()
+
+    assert (data["degraded"], data["socket"]["rebinds"]) == ({}, 1)
+
+
+def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_its_row(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.chain.write("x", b"x")
+    with write_lock(bench.chain.db_path):
+        bench.chain.accept("x")
+        bench.chain.step()
+        assert set(bench.degraded(OLDEST_S)) == {"database"}
+        degraded = bench.degraded(1)
+        assert set(degraded) == {"database", "oldest"}
+        assert "61 s" in degraded["oldest"]
+        assert bench.look()["queue"] == {"depth": 1, "oldest": OLDEST_S + 1}
+    assert bench.chain.stats.writes.errors == 1
+    bench.chain.step()
+
+    assert bench.degraded() == {}
+
+
+def test_what_a_stopped_agent_left_behind_has_a_minute_from_the_start(bench: Bench, clock: Clock) -> None:
+    bench.chain.accept("x")
+    clock.advance(10_000)
+    bench.chain.reopen()
+    bench = Bench(bench.chain, clock)
+
+    data = bench.look(OLDEST_S)
+    bench.port.close()
+    assert data["queue"] == {"depth": 1, "oldest": 10_000 + OLDEST_S}
+    assert data["degraded"] == {}
+    assert set(bench.degraded(1)) == {"oldest"}
+
+
+def test_a_spool_that_is_nearly_full_degrades_until_it_has_room(bench: Bench, clock: Clock) -> None:
+    spool = bench.chain.spool
+    bench.chain.accept("x", filler="x" * 100_000)
+    bench.chain.write("x", b"x")
+    spool.max_bytes = int(spool.bytes / NEARLY_FULL) + 1
+    assert bench.degraded() == {}
+    spool.max_bytes = int(spool.bytes / NEARLY_FULL) - 1
+    reason = bench.degraded()["spool size"]
+    assert f"{spool.bytes} of its {spool.max_bytes} bytes" in reason
+    assert "--spool-size" in reason
+    bench.chain.step()
+    clock.advance(10)
+    bench.chain.step()
+
+    assert bench.degraded() == {}
+
+
+def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_does_not(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.chain.accept("x", action="..")
+    bench.chain.step()
+    assert bench.look()["files"]["dead"] == 1
+    assert bench.degraded() == {}
+    assert [level for level, _ in bench.lines("refused")] == ["warn"]
+    bench.chain.accept("never_comes")
+    while bench.look()["files"]["dead"] == 1:
+        bench.chain.step()
+        clock.advance(60)
+    reason = bench.degraded()["given up"]
+
+    assert "never_comes: No such file or directory, given up after 1 h" in reason
+    ((level, text),) = bench.lines("given_up")
+    assert level == "error"
+    assert f"path={bench.chain.path('never_comes')}" in text
+    assert bench.degraded(GIVEN_UP_S - 120)
+    assert bench.degraded(120) == {}
+
+
+def test_an_idle_agent_says_nothing(bench: Bench) -> None:
+    for _ in range(1000):
+        bench.look(1)
+
+    assert bench.chain.said == []
