@@ -10,11 +10,14 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from socs_monitor import options, readonly, spoolfile
-from socs_monitor.spoolfile import PENDING
+from socs_monitor import archive, messages, options, readonly, spoolfile
+from socs_monitor.spoolfile import DEAD, PENDING
 
 # As for the agent itself: an entry without a row for longer than this (seconds) says that files do not get through.
 OLDEST_S = 60.0
+
+# Old entries looked at: so many files do not grow at a time.
+_LOOKED_AT = 1000
 
 _UNCONNECTED = "07"  # the state of a listening UDP socket in /proc/net/udp; a DNS query's socket is connected
 
@@ -39,17 +42,23 @@ def look(configuration: argparse.Namespace, now: float) -> tuple[bool, dict[str,
     path = options.spool_path(configuration)
     lives = spoolfile.is_locked(path)
     degraded: dict[str, str] = {}
-    data: dict[str, Any] = {"timestamp": now, "degraded": degraded}
-    try:
-        data |= _of_spool(path, now, configuration.spool_size)
-        if (oldest := data["queue"]["oldest"]) > OLDEST_S:
-            degraded["oldest"] = f"a registration has waited for its row for {oldest:.0f} s"
-    except (sqlite3.Error, OSError) as error:
-        degraded["spool"] = f"the spool {path} cannot be read: {error}"
-    try:
-        data["files"] = data.get("files", {}) | _of_database(configuration.db_path)
-    except (sqlite3.Error, OSError) as error:
-        degraded["database"] = f"the database {configuration.db_path} cannot be read: {error}"
+    data: dict[str, Any] = {"timestamp": now, "degraded": degraded, "files": {}}
+    with contextlib.ExitStack() as stack:
+        database: sqlite3.Connection | None = None
+        try:
+            connection = stack.enter_context(contextlib.closing(readonly.connect(configuration.db_path)))
+            data["files"] |= _last_of(connection)
+            database = connection
+        except (sqlite3.Error, OSError) as error:
+            degraded["database"] = f"the database {configuration.db_path} cannot be read: {error}"
+        try:
+            spool = stack.enter_context(contextlib.closing(readonly.connect(path)))
+            data["files"] |= _entries_of(spool)
+            data["spool"] = {"bytes": _bytes_of(spool), "max_bytes": configuration.spool_size}
+            if (received := _oldest_without_row(spool, database, now - OLDEST_S)) is not None:
+                degraded["oldest"] = f"a registration has waited for its row for {now - received:.0f} s"
+        except (sqlite3.Error, OSError) as error:
+            degraded["spool"] = f"the spool {path} cannot be read: {error}"
     if lives:
         sockets = sockets_of_agent(configuration.udp_port, path)
         data["socket"] = {"listening": bool(sockets)}
@@ -59,29 +68,45 @@ def look(configuration: argparse.Namespace, now: float) -> tuple[bool, dict[str,
     return lives, data
 
 
-def _of_spool(path: str, now: float, max_bytes: int) -> dict[str, Any]:
-    with contextlib.closing(readonly.connect(path)) as db:
-        states = {
-            state: (count, received)
-            for state, count, received in db.execute(
-                "SELECT state, count(*), min(received) FROM registrations GROUP BY state"
-            )
-        }
-        pages, free, page = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-    depth, received = states.get(PENDING, (0, now))
-    return {
-        "files": {state: states.get(state, (0,))[0] for state in (PENDING, "waiting", "dead", "settling")},
-        "queue": {"depth": depth, "oldest": max(0.0, now - received)},
-        "spool": {"bytes": (pages - free) * page, "max_bytes": max_bytes},
-    }
-
-
-def _of_database(path: str) -> dict[str, Any]:
-    with contextlib.closing(readonly.connect(path)) as db:
-        row = db.execute("SELECT local_path, timestamp FROM supersync_v0 ORDER BY id DESC LIMIT 1").fetchone()
+def _last_of(database: sqlite3.Connection) -> dict[str, Any]:
+    row = database.execute("SELECT local_path, timestamp FROM supersync_v0 ORDER BY id DESC LIMIT 1").fetchone()
     return {"last": row[0], "last_time": row[1]} if row else {}
+
+
+def _entries_of(spool: sqlite3.Connection) -> dict[str, int]:
+    """How many entries are in which state; of the unsettled ones the agent alone knows which have their row."""
+    counts = dict(spool.execute("SELECT state, count(*) FROM registrations GROUP BY state"))
+    return {"unsettled": counts.get(PENDING, 0), "waiting": counts.get("waiting", 0), "dead": counts.get(DEAD, 0)}
+
+
+def _bytes_of(spool: sqlite3.Connection) -> int:
+    pages, free, size = (
+        spool.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
+def _oldest_without_row(spool: sqlite3.Connection, database: sqlite3.Connection | None, before: float) -> float | None:
+    """When the oldest entry arrived of those that came before a time, and have no row since.
+
+    An entry whose file goes on growing has its row, and is not settled for as long as it grows.
+    """
+    for received, message in spool.execute(
+        "SELECT received, message FROM registrations WHERE state = 'pending' AND received < ? ORDER BY id LIMIT ?",
+        (before, _LOOKED_AT),
+    ):
+        if database is None or not _has_row(database, message, received):
+            return float(received)
+    return None
+
+
+def _has_row(database: sqlite3.Connection, message: str, received: float) -> bool:
+    try:
+        paths = [entry.local_path for entry in archive.candidates(messages.parse_file(message).meta)]
+    except archive.ArchiveError:
+        return False
+    query = "SELECT 1 FROM supersync_v0 WHERE local_path = ? AND timestamp >= ?"
+    return any(database.execute(query, (path, received)).fetchone() for path in paths)
 
 
 def sockets_on(port: int) -> list[UdpSocket]:

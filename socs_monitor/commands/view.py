@@ -81,7 +81,7 @@ def _rows(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
 
 def _files(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
     files = data["files"]
-    places = ("registered", "pending", "waiting", "dead", "discarded")
+    places = ("registered", "unsettled", "pending", "waiting", "dead", "discarded")
     sum_ = f"{files['received']} received = " if "received" in files else ""
     text = sum_ + (" + " if sum_ else ", ").join(f"{files[place]} {place}" for place in places if place in files)
     if files.get("settling"):

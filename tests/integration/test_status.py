@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -137,7 +138,7 @@ def test_without_a_router_spool_database_and_kernel_speak(agent: StartAgent, tmp
     shown = command("status", *without_router(monitor), code=ALL_WELL)
     assert "the router does not answer" in shown
     assert "this is what spool, database and kernel say" in shown
-    for part in (paths[-1], "listening", "0 wait for their row", "0 dropped by the kernel"):
+    for part in (paths[-1], "listening", "0 waiting, 0 dead", "0 dropped by the kernel"):
         assert part in shown
     wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2)])  # it goes on
 
@@ -154,7 +155,22 @@ def test_without_a_router_an_entry_that_waits_too_long_is_told(
     found = report(without)
     assert found.state is State.DEGRADED
     assert re.search(r"has waited for its row for 1\d\d s", found.reasons["oldest"])
-    assert found.data["queue"]["depth"] == found.data["files"]["pending"] == 1
+    assert found.data["files"]["unsettled"] == 1
+
+
+def test_without_a_router_a_file_that_goes_on_growing_is_not_one_that_waits(
+    agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = registered(agent, tmp_path)
+    begin = time.time()
+    monitor.kill()  # nothing is settled from now on, as if all the files grew
+    monkeypatch.setattr(status.time, "time", lambda: begin + 100)
+
+    assert report(site(monitor)).data["files"]["unsettled"] == 3
+    assert "oldest" not in report(site(monitor)).reasons
+    with contextlib.closing(sqlite3.connect(monitor.db_path)) as db, db:
+        db.execute("DELETE FROM supersync_v0 WHERE id = 2")
+    assert "oldest" in report(site(monitor)).reasons
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
@@ -172,7 +188,7 @@ def test_an_agent_that_does_not_run_is_told_and_nothing_is_touched(agent: StartA
     for words in (site(monitor), without):
         shown = command("status", *words, code=NOT_RUNNING)
         assert "no process has its spool open: start it" in shown
-        assert "0 wait for their row" in shown
+        assert "0 waiting, 0 dead" in shown
     assert state() == before
 
 
