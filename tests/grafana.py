@@ -20,12 +20,16 @@ RULES: list[dict[str, Any]] = GROUP["rules"]
 
 
 class Query(NamedTuple):
-    """A query of a panel or of an alert rule: whose it is, its name there, and what is written."""
+    """A query of a panel or of an alert rule: whose it is, its name there, and what is written.
+
+    `range_s` is the time that a rule looks back, None for a panel, which shows what the dashboard is set to.
+    """
 
     owner: str
     name: str
     text: str
     alias: str
+    range_s: int | None = None
 
     def sent(self, agent: str, begin: float, end: float, interval_s: int = 10) -> str:
         """The text that InfluxDB gets for a range of time (unix seconds), as Grafana makes it."""
@@ -45,14 +49,15 @@ class Query(NamedTuple):
         return f"{self.owner}: {self.name}"
 
 
+def _of_rule(rule: dict[str, Any]) -> Query:
+    data, _ = rule["data"]
+    model = data["model"]
+    return Query(rule["uid"], data["refId"], model["query"], model["alias"], data["relativeTimeRange"]["from"])
+
+
 PANEL_QUERIES = [
     Query(panel["title"], target["alias"] or target["refId"], target["query"], target["alias"])
     for panel in PANELS
     for target in panel["targets"]
 ]
-RULE_QUERIES = [
-    Query(rule["uid"], data["refId"], data["model"]["query"], data["model"]["alias"])
-    for rule in RULES
-    for data in rule["data"]
-    if data["datasourceUid"] != "__expr__"
-]
+RULE_QUERIES = [_of_rule(rule) for rule in RULES]

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from socs_monitor.statsfeed import FIELDS
 from tests.grafana import DASHBOARD, DATASOURCE, PANEL_QUERIES, PANELS, RULE_QUERIES, RULES, VARIABLE, Query
+
+# A register of the streamer, as it is on a stream's feed of metadata.
+OPEN = "AMCcSmurfProcessorSOStreamopen_g3stream"
 
 
 def title(panel: dict[str, Any]) -> str:
@@ -68,6 +72,12 @@ def test_an_alert_is_about_its_query_and_leads_to_a_panel(rule: dict[str, Any]) 
     assert condition["query"]["params"] == [query["refId"]]
     assert rule["dashboardUid"] == DASHBOARD["uid"]
     assert rule["panelId"] in {panel["id"] for panel in PANELS}
+
+
+@pytest.mark.parametrize("query", PANEL_QUERIES + RULE_QUERIES, ids=str)
+def test_what_is_asked_for_is_what_the_agent_publishes(query: Query) -> None:
+    assert query.fields <= {*FIELDS, OPEN}
+    assert query.fields or "(/^registered_/)" in query.text
 
 
 def test_only_the_rule_about_silence_speaks_when_there_is_no_data() -> None:
