@@ -15,6 +15,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 default_role = "py:obj"
+smartquotes = False  # what is quoted of the log is to be found in the log
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has none then, the docstring's sections say what matters

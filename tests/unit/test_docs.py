@@ -1,0 +1,107 @@
+"""The documentation is true: what the code can say is in it, and nothing else is."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from socs_monitor import options
+from socs_monitor.commands.status import State
+from socs_monitor.events import EVENTS
+from socs_monitor.statsfeed import FIELDS
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "socs_monitor"
+DOCS = ROOT / "docs"
+
+WRONG_USAGE = 2  # argparse's own
+INTERRUPTED = 130
+
+UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def section(page: str, title: str) -> str:
+    """A section of a page, with its subsections."""
+    _, _, rest = (DOCS / page).read_text().partition(f"\n{title}\n{'-' * len(title)}\n")
+    assert rest, f"{page} has no section {title}"
+    return re.split(r"\n[^\n]+\n-{4,}\n", rest, maxsplit=1)[0]
+
+
+def conditions_of_code() -> Iterator[str]:
+    """Every condition that some code notes, by the first argument of ``trouble`` or ``alarm``."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("trouble", "alarm"):
+                condition = node.args[0]
+                assert isinstance(condition, ast.Constant), f"{path.name}:{node.lineno}: say the condition there"
+                yield str(condition.value)
+
+
+def test_what_each_condition_means_is_documented() -> None:
+    documented = re.findall(r"^``([^`\n]+)``\n~+$", section("operations/problems.rst", "Conditions"), re.M)
+    assert sorted(documented) == sorted(set(conditions_of_code()))
+
+
+def test_each_condition_says_what_it_means_and_what_to_do() -> None:
+    entries = re.split(r"^``[^`\n]+``\n~+$", section("operations/problems.rst", "Conditions"), flags=re.M)[1:]
+    assert all("*What it means.*" in entry and "*What to do.*" in entry for entry in entries)
+
+
+def test_what_each_event_of_the_log_means_is_documented() -> None:
+    documented = re.findall(r"^``([a-z_]+)``$", section("operations/log.rst", "Events"), re.M)
+    assert sorted(documented) == sorted(EVENTS)
+
+
+def test_each_field_of_the_statistics_is_documented() -> None:
+    table = section("operations/monitoring.rst", "The feed ``monitor_stats``").split("\n=")[2]
+    documented = re.findall(r"``([a-z_]+)``(?=,|  )", table)
+    assert sorted(documented) == sorted(FIELDS)
+
+
+def test_each_alarm_is_documented() -> None:
+    rules = yaml.safe_load((ROOT / "docker/grafana/provisioning/alerting/rules.yaml").read_text())
+    documented = re.findall(
+        r"^PysmurfMonitor.*?(?=  )", section("operations/monitoring.rst", "Dashboard and alarms"), re.M
+    )
+    assert sorted(documented) == sorted(rule["title"] for group in rules["groups"] for rule in group["rules"])
+
+
+def test_each_exit_code_is_documented() -> None:
+    documented = re.findall(r"^``(\d+)``", section("operations/commands.rst", "Exit codes"), re.M)
+    assert sorted(map(int, documented)) == sorted({*(state.value for state in State), WRONG_USAGE, INTERRUPTED})
+
+
+def test_each_module_is_in_the_api() -> None:
+    documented = re.findall(r"^\.\. automodule:: socs_monitor\.(\w+)$", (DOCS / "api.rst").read_text(), re.M)
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "plugin"} | {"commands"}
+    assert sorted(documented) == sorted(modules)
+
+
+def test_the_table_of_options_in_the_readme_is_that_of_the_parser() -> None:
+    table = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \|([^|]*)\|", (ROOT / "README.md").read_text(), re.M))
+    of_ocs = {"--crossbar-timeout"}
+    of_agent = {action.option_strings[-1]: action for action in options.make_parser()._actions[1:]}
+    assert table.keys() - of_ocs == of_agent.keys()
+    for option, action in of_agent.items():
+        assert is_default(table[option].strip(" `"), action), option
+
+
+def is_default(told: str, action: argparse.Action) -> bool:
+    """Whether the README tells an option's default; in words where it is none or empty."""
+    if not action.default:
+        return not told[:1].isdigit()
+    number, _, unit = told.partition(" ")
+    value = str(int(number) * UNITS[unit]) if unit else told
+    return value == f"{action.default:g}" if isinstance(action.default, float) else value == str(action.default)
+
+
+@pytest.mark.parametrize("page", ["README.md", "tests/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
