@@ -10,7 +10,7 @@ PEER   := $(ENVS)/socs/.ready
 READER := $(ENVS)/aggregator/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run envs check test unit test-docker docs crash fuzz soak bench clean
+.PHONY: help demo run envs check test unit test-docker docs pictures crash fuzz soak bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-docker: $(READY) ## build the images, bring compose up, send files through 
 
 docs: $(WRITER) ## the documentation, into build/docs; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+
+pictures: $(READY) $(ROUTER) ## draw the README's pictures of the terminal view anew, from a real run
+	$(BIN)/python -m tests.pictures
 
 crash: $(READY) $(ROUTER) ## kill it at more moments than CI has time for
 	SOCS_MONITOR_CRASH_ROUNDS=5000 $(BIN)/python -m pytest --timeout=7200 tests/crash
