@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import os
 import random
 import threading
@@ -29,6 +30,9 @@ from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
 
 # A file that changes again and again is registered again ever more rarely, at the longest after this.
 SETTLE_MAX_S = 60.0
+
+# Second looks are gathered: they are due at whole multiples of this (seconds).
+_LOOK_EVERY_S = 0.5
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
@@ -337,7 +341,7 @@ class Registrar:
         crashpoint.reach("committed")
         self._unwritten.popleft()
         self._stats.cured("database", "the database can be written again")
-        first = [hashed.registration["pub_id"] for hashed in batch if hashed.registration.state != SETTLING]
+        first = [hashed.registration["pub_id"] for hashed in batch if hashed.registration.id not in self._unstable]
         self._stats.registered(len(batch), first, batch[-1].entry.local_path)
         registrations = [hashed.registration for hashed in batch]
         self._spool.registered(registrations)
@@ -345,6 +349,7 @@ class Registrar:
         due = self._clock() + max(
             self._unstable.get(hashed.registration.id, self._policy.settle_after) for hashed in batch
         )
+        due = math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S
         heapq.heappush(self._settling, (due, next(self._serial), batch))
         if self._debug is not None:
             for registration, entry, found in batch:
