@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sqlite3
 import sys
 from collections.abc import Collection
@@ -45,12 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = make_parser(words[:1]).parse_args(words)
     try:
-        return int(args.run(args) or 0)
+        code = args.run(args) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     except (NotDoneError, ClientError, SpoolError, sqlite3.Error, OSError) as error:
         print(f"socs-monitor: {error}", file=sys.stderr)
         return 1
+    return int(code)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.suprsync import Database
-from tests.harness import Agent
-from tests.integration.test_cli import command, site
+from tests.harness import OWN_BIN, Agent
+from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, wait_registered
 
 StartAgent = Callable[..., Agent]
@@ -155,6 +155,15 @@ def test_a_lock_is_no_hindrance_and_nothing_is_left_behind(database: Path) -> No
         assert len(paths("--db-path", database)) == 4
         db.execute("COMMIT")
         assert paths("--db-path", database) == []
+
+
+def test_a_reader_who_has_enough_is_no_fault(tmp_path: Path) -> None:
+    many = make(tmp_path / "many.db", [(f"/{number}", "smurf", NOW, None) for number in range(2000)])
+    for form in ("--json", "--limit=1999"):
+        words = f"set -o pipefail; {OWN_BIN}/socs-monitor files --db-path {many} --limit 2000 {form} | head -1"
+        done = run("bash", "-c", words)
+        assert done.stderr == ""
+        assert done.stdout.count("\n") == 1
 
 
 def test_what_is_no_database_is_told(tmp_path: Path) -> None:
