@@ -247,7 +247,7 @@ def test_silence_is_told_when_it_lasts(night: Night) -> None:
 
 
 def test_the_agent_can_be_chosen(night: Night) -> None:
-    (measurements,) = night.database.query(VARIABLE["query"])
+    (measurements,) = night.database.query(VARIABLE["query"]["query"])
     assert measurements["values"] == [[night.agent]]
 
 
