@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,9 @@ services:
         """Wait until each file that was sent has its row, and just one."""
         files = {message.file for message in sent}
         wait_until(lambda: files <= self.registered(), 30, f"{len(files)} files are registered")
-        paths = [row["local_path"] for row in rows(self.database)]
-        assert len(paths) == len(set(paths))
+        paths = Counter(row["local_path"] for row in rows(self.database))
+        twice = [row for row in rows(self.database) if paths[row["local_path"]] > 1]
+        assert twice == []
 
     def registered(self) -> set[str]:
         """The paths in the database."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.docker.system import AGENT, HEALTH, ROUTER, System
-from tests.harness import wait_until
+from tests.harness import rows, wait_until
 
 # The first build installs everything that the images need.
 pytestmark = pytest.mark.timeout(900)
@@ -96,3 +97,14 @@ def test_health_check_sees_without_a_router_what_is_wrong(system: System, comman
         system.compose("start", AGENT)
     assert (done.returncode, done.stdout[: len(said)]) == (code, said)
     system.wait_healthy()
+
+
+def test_the_command_works_in_the_container(system: System) -> None:
+    doctor = system.execute(["socs-monitor", "doctor"])
+    assert doctor.returncode == 0, doctor.stdout
+    assert "failure" not in doctor.stdout
+    for found in ("the agent listens on", "it answers, and the agent by way of it", "/data is there"):
+        assert found in doctor.stdout
+    files = system.execute(["socs-monitor", "files", "--json"]).stdout.splitlines()
+    assert [json.loads(line)["local_path"] for line in files] == [row["local_path"] for row in rows(system.database)]
+    assert "all well" in system.execute(["socs-monitor", "status"]).stdout
