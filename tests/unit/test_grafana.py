@@ -65,6 +65,10 @@ def test_an_alert_says_what_to_do(rule: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=uid)
 def test_an_alert_is_about_its_query_and_leads_to_a_panel(rule: dict[str, Any]) -> None:
+    assert rule.keys() == {
+        *("uid", "title", "condition", "for", "noDataState", "execErrState", "dashboardUid", "panelId"),
+        *("labels", "annotations", "data"),
+    }, "Grafana passes over what it does not know"
     query, expression = rule["data"]
     assert query["model"]["refId"] == query["refId"]
     assert expression["model"]["refId"] == expression["refId"] == rule["condition"]
