@@ -16,14 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from socs_monitor import crashpoint, events
-from socs_monitor.checksum import Fingerprint, StoppedError
+from socs_monitor.checksum import Fingerprint
 from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
+from socs_monitor.hashers import Hashers
 from socs_monitor.intake import BATCH, Intake
-from socs_monitor.spool import SETTLING, Failure, Registration, Spool
+from socs_monitor.spool import Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import GIVEN_UP_S, Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
@@ -33,6 +33,9 @@ SETTLE_MAX_S = 60.0
 
 # Second looks are gathered: they are due at whole multiples of this (seconds).
 _LOOK_EVERY_S = 0.5
+
+# What the hashers did is written at such intervals (seconds), and when they are done: a commit for each is dear.
+_COLLECT_EVERY_S = 0.03
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
@@ -78,8 +81,6 @@ class Registrar:
         self._settling: list[tuple[float, int, list[Hashed]]] = []  # heap by time of the second look
         self._serial = itertools.count()
         self._unstable: dict[int, float] = {}  # seconds to the next look, for files that had changed
-        self._pooled: deque[Hashed | Failure] = deque()
-        self._in_pool: set[int] = set()
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
         self._database_identity = self._database.identity
@@ -95,8 +96,8 @@ class Registrar:
                 if once and not (worked or self._busy()):
                     break
         finally:
-            self._stopping.set()  # the pool's threads ask, too
-            self._pool.shutdown(cancel_futures=True)
+            self._stopping.set()  # the hashers ask, too
+            self._hashers.close()
             self._database.close()
             self._stopping.clear()
 
@@ -116,7 +117,7 @@ class Registrar:
     def begin(self) -> None:
         """Start from what the spool holds, in order."""
         self._reset()
-        self._pool = ThreadPoolExecutor(self._policy.hash_workers, thread_name_prefix="hash")
+        self._hashers = Hashers(self._policy, self._stopping.is_set, self._intake.wake)
         self._intake.restart()
         self._owe(self._reload, None)
 
@@ -166,7 +167,7 @@ class Registrar:
             self._owed.popleft()
 
     def _busy(self) -> bool:
-        return bool(self._in_pool or self._pooled or self._unwritten or self._owed)
+        return bool(self._hashers or self._unwritten or self._owed)
 
     def _patience(self) -> float:
         """Seconds until there is something to do of itself."""
@@ -178,6 +179,8 @@ class Registrar:
         times = [self._settling[0][0]] if self._settling else []
         if self._waiting:
             times.append(self._waiting[0][0])
+        if self._hashers:
+            times.append(now + _COLLECT_EVERY_S)
         return min(max(0.0, min(times, default=now + RETRY_MAX_S) - now), RETRY_MAX_S)
 
     def _block(self) -> None:
@@ -243,19 +246,16 @@ class Registrar:
             self._owe(self._spool.wait, changed)
 
     def _hash(self) -> None:
-        """Hash small files at once and have the pool hash the others; sort what came out."""
+        """Hash small files at once and have the hashers do the others; sort what came out."""
         results: list[Hashed | Failure] = []
         while self._work:
             registration = self._work.popleft()
             found = look(registration, self._policy, SMALL, self._stopping.is_set)
             if found is not None:
                 results.append(found)
-            elif registration.id not in self._in_pool:
-                self._in_pool.add(registration.id)
-                self._pool.submit(self._look_in_pool, registration)
-        while self._pooled:
-            results.append(self._pooled.popleft())
-            self._in_pool.discard(results[-1].registration.id)
+            else:
+                self._hashers.add(registration)
+        results += self._hashers.take()
         hashed = [result for result in results if isinstance(result, Hashed)]
         failures = [result for result in results if isinstance(result, Failure)]
         crashpoint.reach("hashed")
@@ -263,15 +263,6 @@ class Registrar:
             self._unwritten.append(hashed)
         if failures:
             self._sort(failures)
-
-    def _look_in_pool(self, registration: Registration) -> None:
-        try:
-            found = look(registration, self._policy, None, self._stopping.is_set)
-        except StoppedError:
-            return
-        if found is not None:
-            self._pooled.append(found)
-            self._intake.wake()
 
     def _sort(self, failures: list[Failure]) -> None:
         """Let what failed wait, or bury it; what SupRsync has archived and removed meanwhile is done."""

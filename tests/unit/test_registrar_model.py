@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from socs_monitor import crashpoint, intake, registrar, spoolfile, suprsync
+from socs_monitor import crashpoint, hashers, intake, registrar, spoolfile, suprsync
 from socs_monitor.finder import Policy
 from tests.chain import Chain, Clock, execute, md5, write_lock
 
@@ -58,7 +58,8 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(registrar, "SMALL", SMALL)
-        self.patch.setattr(registrar, "ThreadPoolExecutor", Pool)
+        self.patch.setattr(hashers, "MEDIUM", SMALL + 2)
+        self.patch.setattr(hashers, "ThreadPoolExecutor", Pool)
         self.patch.setattr(intake, "QUEUE_MAX", 3)
         self.patch.setattr(intake, "BATCH", 4)
         self.patch.setattr(registrar, "BATCH", 4)
@@ -165,7 +166,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def hash_large(self) -> None:
-        self.chain.registrar._pool.run()
+        self.chain.registrar._hashers._threads.run()
 
     @precondition(lambda self: self.spool_works)
     @rule()
@@ -282,7 +283,7 @@ class Machine(RuleBasedStateMachine):
     def quiet(self) -> None:
         for _ in range(100):
             self.chain.step()
-            self.chain.registrar._pool.run()
+            self.chain.registrar._hashers._threads.run()
             self.clock.advance(SETTLE_S)
             busy = sum(self.chain.spool.counts[state] for state in ("pending", "waiting", "settling"))
             if not busy and not self.chain.stats.degraded:
