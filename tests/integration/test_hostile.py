@@ -100,7 +100,7 @@ def test_twenty_thousand_damaged_datagrams_are_counted_and_harm_nothing(
         sent += hostile.send(monitor.udp_port, itertools.islice(hostile.mutated(seed=1), 20_000 - sent))
         assert sent == 20_000
         wait_counted(monitor, client, sent)
-        assert client.run.status().session["degraded"] is False
+        assert set(data(client)["degraded"]) <= {"gaps"}, "which somebody who is allowed to send can fake"
         assert_works(monitor, client, subscriber, tmp_path / "data")
     assert_log_is_bounded(monitor)
     assert_rows_stay_in_the_archive(monitor)
@@ -329,12 +329,15 @@ def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_pa
     path = tmp_path / "x.txt"
     path.write_text("x")
     large = _registration(path, 60_000)
-    sent = hostile.send(monitor.udp_port, [large] * 600)
-    monitor.wait_for(lambda: files(client)["pending"] == 600, 10, "keeps 600 in the spool")
+    sent = hostile.send(monitor.udp_port, [large] * 500)
+    monitor.wait_for(lambda: files(client)["pending"] == 500, 10, "keeps 500 in the spool")
     assert data(client)["degraded"] == {}
 
-    sent += hostile.send(monitor.udp_port, [large] * 200)
+    sent += hostile.send(monitor.udp_port, [large] * 100)
     monitor.wait_for(lambda: data(client)["degraded"], 10, "is degraded")
+    assert set(data(client)["degraded"]) == {"spool size"}
+    sent += hostile.send(monitor.udp_port, [large] * 200)
+    monitor.wait_for(lambda: "spool" in data(client)["degraded"], 10, "is full")
     assert client.run.status().session["degraded"] is True
     reason = data(client)["degraded"]["spool"]
     assert "is full (40000000 bytes, --spool-size)" in reason
