@@ -34,9 +34,8 @@ class Night(NamedTuple):
     agent: str
     begin: float
     end: float
-    registered: int  # files, without the first of each stream
-    first: int  # those
-    by_stream: dict[str, int]  # as `registered`
+    registered: int  # files
+    by_stream: dict[str, int]  # of them, without those of the stream's first statistics
     dropped: int  # datagrams, by the kernel
 
     def ask(self, query: Query, later_s: float = 0) -> dict[str, list[Any]]:
@@ -59,9 +58,16 @@ class Statistics:
         self._database = database
         self._select = f"FROM \"observatory.{monitor.INSTANCE}\" WHERE feed = 'monitor_stats'"
 
+    def first(self, field: str) -> Any:
+        """The earliest value of a field; None before there is one."""
+        return self._value("first", field)
+
     def last(self, field: str) -> Any:
         """The latest value of a field; None before the first."""
-        found = self._database.query(f'SELECT last("{field}") {self._select}')
+        return self._value("last", field)
+
+    def _value(self, which: str, field: str) -> Any:
+        found = self._database.query(f'SELECT {which}("{field}") {self._select}')
         return found[0]["values"][0][1] if found else None
 
     def wait(self, field: str, condition: Callable[[Any], bool], what: str) -> None:
@@ -101,16 +107,16 @@ def night(router: Router, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         server = stack.enter_context(SmurfServer(folder, monitor.address, streams=2))
         for is_open, stream in enumerate(server.streams):
             stream.streamer.metadata(OPEN, is_open)
-        first = server.send(server.messages(4, ["npy", "g3"]))  # one of each publisher, who is known from here on
-        statistics.wait("files_registered", lambda value: value == len(first), "knows the streams")
-        sent = server.send(server.messages(40))
+        sent = server.send(server.messages(4, ["npy", "g3"]))  # one of each publisher, who is known from here on
+        statistics.wait("files_registered", lambda value: value == len(sent), "knows the streams")
+        sent += server.send(server.messages(40))
         pysmurf = server.streams[0].pysmurf
         pysmurf.data_file(str(folder / "never_comes.txt"))
         pysmurf.data_file("/dev/zero")
         for _ in range(LOST):
             pysmurf.encode({}, "general")
         pysmurf.general({})
-        monitor.wait_for(lambda: len(monitor.rows()) == len(first + sent), 20, "registered the files")
+        monitor.wait_for(lambda: len(monitor.rows()) == len(sent), 20, "registered the files")
 
         sender = stack.enter_context(contextlib.closing(Publisher("flood", monitor.address)))
         with paused(monitor):
@@ -121,12 +127,12 @@ def night(router: Router, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with contextlib.closing(sqlite3.connect(monitor.db_path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             sent += server.send(server.messages(4))
-            statistics.wait("queue_oldest", lambda value: value > 1, "tells of files that wait for the database")
-        statistics.wait("files_registered", lambda value: value == len(first + sent), "has got the last files")
+            statistics.wait("database_errors", lambda value: value > 0, "tells that the database is locked")
+        statistics.wait("files_registered", lambda value: value == len(sent), "has got the last files")
         by_stream = Counter(message.publisher.pub_id.rpartition(":")[2] for message in sent)
+        by_stream.subtract({stream: statistics.first(f"registered_{stream}") for stream in by_stream})
         dropped = FLOOD - statistics.last("malformed")
-        address = f"observatory.{monitor.INSTANCE}"
-        yield Night(database, address, begin, time.time(), len(sent), len(first), by_stream, dropped)
+        yield Night(database, f"observatory.{monitor.INSTANCE}", begin, time.time(), len(sent), by_stream, dropped)
 
 
 Check = Callable[[Night, dict[str, list[Any]]], bool]
@@ -145,8 +151,8 @@ def total(value: Callable[[Night], float]) -> Check:
     return series(lambda night, values: sum(values) == value(night))
 
 
-def rises_and_falls(value: Callable[[Night], float]) -> Check:
-    return series(lambda night, values: values[0] == 0 == values[-1] and max(values) == value(night))
+def rose_to(value: float) -> Check:
+    return series(lambda _, values: values[0] == 0 == values[-1] and max(values) >= value)
 
 
 def within(low: float, high: float) -> Check:
@@ -176,15 +182,15 @@ SEEN: dict[tuple[str, str], Check] = {
     ("Spool used", "A"): within(0, 1),
     ("Degraded, by agent", "$m"): series(lambda night, values: values[0] == 0 and values[-1] == 1),
     ("Files per hour, by stream", "$col"): by_stream,
-    ("Files not registered", "pending"): rises_and_falls(lambda night: 4),
+    ("Files not registered", "pending"): rose_to(4),
     ("Files not registered", "waiting"): last(lambda night: 1),
     ("Files not registered", "dead"): last(lambda night: 1),
-    ("Age of the oldest pending", "oldest pending"): series(lambda night, values: values[-1] == 0 and max(values) > 1),
+    ("Age of the oldest pending", "oldest pending"): rose_to(0.1),
     ("Messages lost", "missing"): total(lambda night: LOST),
     ("Messages lost", "kernel"): total(lambda night: night.dropped),
     ("Datagrams per second", "datagrams"): within(1, 100),
-    ("Database write time", "last"): within(0, 1),
-    ("Database write time", "longest of a minute"): within(0, 10),
+    ("Database write time", "last"): within(0, 20),
+    ("Database write time", "longest of a minute"): within(0, 20),
     ("Database write time", "errors"): within(0, 1000),
     ("Spool", "used"): within(1000, 1e7),
     ("Spool", "limit"): last(lambda night: 1 << 30),
@@ -192,8 +198,8 @@ SEEN: dict[tuple[str, str], Check] = {
     ("Messages of no use", "malformed"): total(lambda night: FLOOD - night.dropped),
     ("Messages of no use", "refused"): total(lambda night: 0),
     ("Messages of no use", "unpublished"): total(lambda night: 0),
-    ("Files received and registered", "received"): total(lambda night: night.first + night.registered + 2),
-    ("Files received and registered", "registered"): total(lambda night: night.first + night.registered),
+    ("Files received and registered", "received"): total(lambda night: night.registered + 2),
+    ("Files received and registered", "registered"): total(lambda night: night.registered),
     ("Files received and registered", "discarded"): total(lambda night: 0),
     ("UDP socket", "listens"): last(lambda night: 1),
     ("UDP socket", "bound anew"): last(lambda night: 0),
