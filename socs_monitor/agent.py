@@ -12,7 +12,6 @@ import ipaddress
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -144,8 +143,9 @@ class PysmurfMonitor(DatagramProtocol):
         # OCS takes leave of the router in another trigger, so what is published here is on the wire before
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
         reactor.addSystemEventTrigger("before", "shutdown", stats_feed.publish)
-        # without a router OCS stops no session, and the reactor would wait for the thread of `run`
-        reactor.addSystemEventTrigger("before", "shutdown", self._registrar.stop)
+        # without a router OCS stops no session, and the reactor would wait for the thread of `run`, for ever where
+        # that is just starting: it would wait for the reactor
+        reactor.addSystemEventTrigger("before", "shutdown", functools.partial(_end_sessions, self.agent))
         reactor.addSystemEventTrigger("after", "shutdown", self._receiver.drain)
         reactor.addSystemEventTrigger("after", "shutdown", self._intake.close)
 
@@ -366,7 +366,8 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until the reactor has its own: there is nothing to end yet
+    # until the reactor has its own handler; an exception here would be taken for one of what is just going on
+    signal.signal(signal.SIGTERM, lambda *_: reactor.callWhenRunning(reactor.stop))
     parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's
     txaio.start_logging(level=_LOG_LEVEL)  # type: ignore[attr-defined]
     agent, runner = ocs_agent.init_site_agent(parsed)

@@ -143,5 +143,5 @@ class Tasks:
             return False, f"backfill of {root}: {error}"
         verb = "would be" if dry_run else "are being"
         message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
-        self._stats.log("info", "backfill", f"backfill: {message}", path=root)
+        self._stats.log("info", "backfill", f"backfill: {message}", root=root)
         return True, message

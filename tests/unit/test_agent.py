@@ -263,3 +263,69 @@ def test_an_agent_of_another_instance_has_another_spool(tmp_path: Path) -> None:
 
 def test_the_operation_is_documented_as_ocs_shows_it() -> None:
     assert (PysmurfMonitor.run.__doc__ or "").splitlines()[0] == "run(test_mode=False)"
+
+
+def test_a_stop_that_comes_when_run_has_just_ended_is_not_for_the_next_run(
+    monitor: PysmurfMonitor, publisher: Publisher, tmp_path: Path
+) -> None:
+    ended = MagicMock()
+    monitor.run(ended, {"test_mode": True})
+    monitor._stop(ended)
+    session = MagicMock()
+    thread = threading.Thread(target=monitor.run, args=(session, {}))
+    thread.start()
+    payload = data_file(str(a_file(tmp_path, "x.txt")))
+    monitor.datagramReceived(publisher.encode(payload, "data_file"), ADDRESS)
+    wait_until(lambda: len(rows(monitor.db_path)) == 1, 10, "the row is written")
+    assert thread.is_alive()
+    monitor._stop(session)
+    thread.join(1)
+
+    assert not thread.is_alive()
+
+
+def test_a_stop_between_the_last_work_and_the_end_is_not_for_the_next_run(
+    monitor: PysmurfMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, work = MagicMock(), monitor._registrar.run
+
+    def stopped_late(once: bool = False) -> None:
+        work(once=once)
+        monitor._stop(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor._registrar, "run", stopped_late)
+        monitor.run(session, {"test_mode": True})
+
+    assert not monitor._registrar._stopping.is_set()
+
+
+def test_run_begins_without_the_conditions_of_the_one_before(monitor: PysmurfMonitor) -> None:
+    monitor._stats.trouble("database", "locked")
+    monitor._stats.trouble("socket", "lost")
+    session = MagicMock()
+    monitor.run(session, {"test_mode": True})
+
+    assert session.data["degraded"] == {"socket": "lost"}
+
+
+def test_what_senders_lost_is_in_the_session_data(monitor: PysmurfMonitor, publisher: Publisher) -> None:
+    session = MagicMock()
+    for payload, kind, arrives in (
+        ("x", "session_log", True),
+        ("x", "session_log", False),
+        ([1], "session_data", True),  # is refused, but did arrive
+        ({"path": "AMCc.x", "value": 1, "type": "int"}, "metadata", True),
+    ):
+        datagram = publisher.encode(payload, kind)
+        if arrives:
+            monitor.datagramReceived(datagram, ADDRESS)
+    monitor.run(session, {"test_mode": True})
+    assert session.data["lost"]["gaps"] == 0
+    monitor._report.look()
+    assert session.data["lost"]["gaps"] == 0, "it may still come"
+    wait_until(lambda: monitor._look() or session.data["lost"]["gaps"] == 1, 5, "the gap is told")
+
+    assert session.data["malformed"] == {"wrong or missing field": 1}
+    assert session.degraded is True
+    assert list(session.data["streams"]) == ["crate1slot2"]
