@@ -330,16 +330,20 @@ def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) 
 
 def test_environment_leads_to_the_agent_as_in_its_container(agent: StartAgent, tmp_path: Path) -> None:
     monitor = registered(agent, tmp_path)
-    (monitor.site_config.parent / "default.yaml").write_text(
-        monitor.site_config.read_text().replace(monitor.INSTANCE, "another").replace("wamp_http: http", "wamp_http: no")
-    )
-    env = {"OCS_CONFIG_DIR": str(monitor.site_config.parent), "INSTANCE_ID": monitor.INSTANCE}
-    words = [OWN_BIN / "socs-monitor", "status", "--brief"]
-    url = re.findall("wamp_http: (.*)", monitor.site_config.read_text())[0]
+    config = monitor.site_config.read_text()
+    url = re.findall("wamp_http: (.*)", config)[0]
+    config = config.replace(url, "http://127.0.0.1:1/call").replace("localhost:", "server21:")
+    (tmp_path / "default.yaml").write_text(config)
 
-    assert run(*words, env=env).returncode == UNKNOWN
-    done = run(*words, env={**env, "SITE_HTTP": url, "SITE_HOST": "localhost"})
-    assert (done.returncode, done.stdout, done.stderr) == (ALL_WELL, "all well\n", "")
+    def told(code: int, **env: str) -> str:
+        done = run(OWN_BIN / "socs-monitor", "status", "--brief", env={"OCS_CONFIG_DIR": str(tmp_path), **env})
+        assert (done.returncode, done.stderr) == (code, ""), done.stdout
+        return done.stdout
+
+    assert told(ALL_WELL, SITE_HTTP=url) == "all well\n"
+    assert "the agent another does not answer" in told(UNKNOWN, SITE_HTTP=url, INSTANCE_ID="another")
+    assert "the router does not answer" in told(ALL_WELL, SITE_HOST="server21")
+    assert "does not tell of pysmurf-monitor on this host" in told(UNKNOWN)
 
 
 def test_exit_codes_are_in_the_help() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ def test_whoever_has_the_spool_is_seen(tmp_path: Path) -> None:
 def test_an_agent_starts_while_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "spool")
     spoolfile.take_lock(path).close()
-    looking = open(path + ".lock", "rb")
+    looking = os.open(path + ".lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
     assert not spoolfile.is_locked(path)  # nor is one who looks in the way of another
-    monkeypatch.setattr(spoolfile.time, "sleep", lambda _: looking.close())
+    monkeypatch.setattr(spoolfile.time, "sleep", lambda _: os.close(looking))
 
     spoolfile.take_lock(path).close()
 
