@@ -37,6 +37,7 @@ _SYNC_INTERVAL_S = 1.0
 _RETRY_S = 1.0
 
 _IN_MEMORY = "What arrives is kept in memory until it works again, and refused when that is full, too"
+SPOOL_ADVICE = "See that there is room on its disk, and that this agent may write there"
 
 Meta = dict[str, Any]
 
@@ -116,7 +117,9 @@ class Intake:
             if self._bytes_put - self._bytes_written > INBOX_MAX:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
-                    "intake", "more registrations come than the spool takes: some are refused, and lost"
+                    "intake",
+                    "more registrations come than the spool takes, and memory is full: some are refused, and lost. See"
+                    " the condition spool; missing timestreams are found with: socs-monitor backfill ROOT",
                 )
                 return
             self._bytes_put += len(incoming.message)
@@ -138,7 +141,7 @@ class Intake:
                     self._enqueue(self._accept(batch))
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
                     self._inbox.extendleft(reversed(batch))
-                    self._stats.trouble("spool", f"{error}. {_IN_MEMORY}")
+                    self._stats.trouble("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
                     return False
                 self._bytes_written += sum(len(incoming.message) for _, incoming in batch)
                 self._stats.cured("spool", "the spool can be written again")
@@ -271,7 +274,7 @@ class Intake:
             try:
                 self._spool.sync()
             except SpoolError as error:
-                self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced")
+                self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}")
             else:
                 self._stats.cured("spool sync", "the spool can be synced again")
             self.measure()

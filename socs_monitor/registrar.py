@@ -22,8 +22,8 @@ from socs_monitor import crashpoint, events
 from socs_monitor.checksum import Fingerprint
 from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.hashers import Hashers
-from socs_monitor.intake import BATCH, Intake
-from socs_monitor.spool import Failure, Registration, Spool
+from socs_monitor.intake import BATCH, SPOOL_ADVICE, Intake
+from socs_monitor.spool import MAX_DEAD, Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import GIVEN_UP_S, Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
@@ -148,7 +148,7 @@ class Registrar:
                 self._write()
                 self._pay()
         except SpoolError as error:
-            self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again")
+            self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
             self._block()
             return False
         except DatabaseUnavailableError as error:
@@ -302,8 +302,11 @@ class Registrar:
                 self._stats.repeated("info", "waiting", text, id=failure.registration["pub_id"])
 
     def _bury(self, failures: list[Failure]) -> None:
-        self._spool.bury(failures)
+        dropped = self._spool.bury(failures)
         self._intake.done(failure.registration for failure in failures)
+        if dropped:
+            text = f"more than {MAX_DEAD} dead letters: the oldest are dropped, refused ones first"
+            self._stats.repeated("warn", "dead_letters", text, dropped=dropped)
         for registration, reason, _, refused in failures:
             if refused:
                 text = f"registration {registration.id} was refused, a dead letter: {reason}"

@@ -120,7 +120,7 @@ class Spool:
 
     Args:
         path: The file; its folder is made where it is missing.
-        report: Called with a line for a person where something was set aside or dropped.
+        report: Called with a line for a person where the file had to be set aside.
         max_bytes: Size up to which registrations are accepted.
 
     Raises:
@@ -131,7 +131,6 @@ class Spool:
     def __init__(self, path: str, report: Callable[[str], None], max_bytes: int = MAX_BYTES) -> None:
         self.path = path
         self.max_bytes = max_bytes
-        self._report = report
         self._lock = threading.Lock()
         self._unsynced = threading.Event()
         self._lock_file = spoolfile.take_lock(path)
@@ -220,20 +219,24 @@ class Spool:
                 [(f.registration.attempts, f.due, f.reason, f.registration.id) for f in failures],
             )
 
-    def bury(self, failures: Sequence[Failure]) -> None:
-        """Make registrations dead letters; the oldest beyond `MAX_DEAD` are dropped, refusals first."""
+    def bury(self, failures: Sequence[Failure]) -> int:
+        """Make registrations dead letters; of more than `MAX_DEAD` drop the oldest, refusals first.
+
+        Returns:
+            How many were dropped.
+        """
         with self._moving([failure.registration for failure in failures], DEAD) as db:
             db.executemany(
                 "UPDATE registrations SET state = 'dead', attempts = ?, reason = ?, refused = ? WHERE id = ?",
                 [(f.registration.attempts, f.reason, f.refused, f.registration.id) for f in failures],
             )
-        if (excess := self._counts[DEAD] - MAX_DEAD) > 0:
-            dropped = self._drop(
-                "DELETE FROM registrations WHERE id IN"
-                " (SELECT id FROM registrations WHERE state = 'dead' ORDER BY refused DESC, id LIMIT ?)",
-                excess,
-            )
-            self._report(f"more than {MAX_DEAD} dead letters: the {dropped} oldest are dropped, refused ones first")
+        if (excess := self._counts[DEAD] - MAX_DEAD) <= 0:
+            return 0
+        return self._drop(
+            "DELETE FROM registrations WHERE id IN"
+            " (SELECT id FROM registrations WHERE state = 'dead' ORDER BY refused DESC, id LIMIT ?)",
+            excess,
+        )
 
     def unsettle(self) -> None:
         """Count every settling registration as what the disk has, since what was known of its file is gone."""

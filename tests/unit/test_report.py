@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from socs_monitor import spool
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
 from socs_monitor.sequences import GRACE_S, Sequences
 from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
@@ -243,3 +244,15 @@ def test_an_idle_agent_says_nothing(bench: Bench) -> None:
         bench.look(1)
 
     assert bench.chain.said == []
+
+
+def test_dead_letters_that_are_dropped_are_a_line_a_minute(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "MAX_DEAD", 2)
+    for number in range(10):
+        bench.chain.accept(f"{number}", action="..")
+        bench.chain.step()
+    assert bench.look()["files"]["dead"] == 2
+    bench.look(DIGEST_S)
+
+    assert [level for level, _ in bench.lines("dead_letters")] == ["warn", "warn"]
+    assert "count=7" in bench.lines("dead_letters")[1][1]
