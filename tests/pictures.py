@@ -35,8 +35,10 @@ def report(agent: Agent, root: Path) -> status.Report:
 
 def draw(name: str, found: status.Report, agent: Agent) -> None:
     """Write what `socs-monitor status` shows as a picture."""
-    screen = Console(record=True, width=WIDTH, file=io.StringIO())
-    screen.print(view.render(found, agent.INSTANCE))
+    shown = view.render(found, agent.INSTANCE)
+    width = Console(width=WIDTH).measure(shown).maximum
+    screen = Console(record=True, width=width, file=io.StringIO())
+    screen.print(shown)
     PICTURES.mkdir(exist_ok=True)
     screen.save_svg(str(PICTURES / name), title="socs-monitor status --watch", unique_id="status")
 

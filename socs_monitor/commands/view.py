@@ -111,7 +111,7 @@ def _lost(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
     lost = data["lost"]
     gaps = f"{lost['gaps']} missing by sequence number, " if "gaps" in lost else ""
     any_ = lost.get("gaps") or lost["kernel"]
-    yield "lost", _text(f"{gaps}{lost['kernel']} dropped by the kernel", "red" if any_ else "")
+    yield "lost", _text(f"{gaps}{lost['kernel']} dropped by the kernel", "yellow" if any_ else "")
     for sender in lost.get("senders", ()):
         who = f"{sender['id']} {sender['script']} at {sender['sender']}"
         yield "", _joined(f"{sender['lost']} of {who}", (f"  {_ago(sender['last'], now)}", "dim"))

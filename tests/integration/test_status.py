@@ -24,7 +24,7 @@ from socs_monitor import cli, client, spoolfile
 from socs_monitor.commands import status
 from socs_monitor.commands.status import Report, State
 from socs_monitor.emulator import Publisher
-from tests.harness import OWN_BIN, Agent, Router, wait_until
+from tests.harness import OWN_BIN, PEER_BIN, Agent, Router, wait_until
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, data, files, wait_registered
 
@@ -111,6 +111,28 @@ def test_every_part_of_the_session_data_is_shown(agent: StartAgent, tmp_path: Pa
         "spool",
         "streams",
     } <= rows
+
+
+def test_what_was_lost_is_told_with_its_sender(agent: StartAgent) -> None:
+    monitor = agent()
+    client = monitor.client()
+    with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
+        publisher.start()
+        publisher.encode({}, "general")  # and not sent
+        publisher.stop()
+    monitor.wait_for(lambda: "gaps" in data(client).get("degraded", {}), 10, "misses it")
+
+    shown = ask(monitor, code=DEGRADED)
+    assert "1 missing by sequence number, 0 dropped by the kernel" in shown
+    assert "1 of crate1slot2 undeclared at 127.0.0.1:" in shown
+
+
+@pytest.mark.skipif(not (PEER_BIN / "ocs-agent-cli").exists(), reason="the published agent is not installed")
+def test_the_published_agent_is_shown_as_far_as_it_tells(agent: StartAgent) -> None:
+    monitor = agent(bin_dir=PEER_BIN)
+    client = monitor.client()
+    monitor.wait_for(lambda: client.run.status().session.get("status") == "running", 10, "runs")
+    assert "all well" in ask(monitor, code=ALL_WELL)
 
 
 def test_degraded_is_told_with_each_reason(agent: StartAgent, tmp_path: Path) -> None:
@@ -290,11 +312,14 @@ def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path:
     with contextlib.closing(Publisher("[/]\x1b[2J", monitor.address)) as publisher:
         for path in odd:
             publisher.data_file(path, action="[red]", action_ts="1700000000")
+            publisher.encode({}, "general")  # and not sent: it is named as one whose messages are lost
     of_agent = monitor.client()
     monitor.wait_for(lambda: files(of_agent).get("dead") == len(odd), 10, "has no place for them")
+    monitor.wait_for(lambda: "gaps" in data(of_agent)["degraded"], 10, "misses others")
 
     done = run(OWN_BIN / "socs-monitor", "status", *site(monitor))
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (DEGRADED, "")
+    assert "[/]\\x1b[2J" in done.stdout
     assert all(character.isprintable() or character == "\n" for character in done.stdout), repr(done.stdout)
 
 
