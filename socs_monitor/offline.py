@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from socs_monitor import archive, messages, options, readonly, spoolfile
+from socs_monitor.report import OLDEST_S
 from socs_monitor.spoolfile import DEAD, PENDING
-
-# As for the agent itself: an entry without a row for longer than this (seconds) says that files do not get through.
-OLDEST_S = 60.0
 
 # Old entries looked at: so many files do not grow at a time.
 _LOOKED_AT = 1000
