@@ -18,6 +18,7 @@ from ocs.ocs_client import OCSClient
 
 from socs_monitor.emulator import Publisher, SmurfServer
 from socs_monitor.events import EVENTS
+from socs_monitor.sequences import GRACE_S
 from socs_monitor.statsfeed import FIELDS, INTERVAL_S
 from tests import hostile
 from tests.chain import write_lock
@@ -156,8 +157,10 @@ def test_no_message_is_missed_that_arrived(agent: StartAgent, tmp_path: Path) ->
                 stream.pysmurf.publish(payload, "session_data")  # which is refused, but did arrive
             stream.pysmurf.publish("x" * 70_000, "general")  # which its sender drops
             stream.pysmurf.session_log("the last one")
+    sent = time.time()
     monitor.wait_for(lambda: data(client).get("datagrams", {}).get("total", 0) > 3000, 10, "read them all")
     monitor.wait_for(lambda: data(client)["files"]["pending"] == 0, 20, "registered them all")
+    monitor.wait_for(lambda: data(client)["timestamp"] > sent + GRACE_S + 3, 10, "waited for late ones")
     shown = data(client)
 
     assert shown["lost"] == {"gaps": 0, "kernel": 0, "reordered": 0, "senders": []}
@@ -201,7 +204,6 @@ def test_a_database_that_is_locked_shows_in_the_figures(agent: StartAgent, tmp_p
             assert data(client)["queue"]["depth"] == 2
             assert set(data(client)["degraded"]) == {"database"}
 
-            # what only a running process can tell is not shown of the one before
             assert client.run.stop().status == ocs.OK
             client.run.wait(timeout=10)
         assert client.run.start().status == ocs.OK
