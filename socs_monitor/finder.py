@@ -14,7 +14,7 @@ from socs_monitor.spool import Failure, Registration
 from socs_monitor.suprsync import Database, DatabaseUnavailableError
 
 # Files up to this size (bytes) are hashed at once, in turn; larger ones by `hashers`, so that no small one waits.
-SMALL = 32 * 1024
+SMALL = 128 * 1024
 
 # A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
 RETRY_FIRST_S = 0.1

@@ -8,9 +8,6 @@ registration leave the spool. What fails is tried again or becomes a dead letter
 from __future__ import annotations
 
 import heapq
-import itertools
-import math
-import os
 import random
 import threading
 import time
@@ -19,23 +16,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from socs_monitor import crashpoint, events
-from socs_monitor.checksum import Fingerprint
 from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.hashers import Hashers
 from socs_monitor.intake import BATCH, SPOOL_ADVICE, Intake
+from socs_monitor.settling import Settling
 from socs_monitor.spool import MAX_DEAD, Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import GIVEN_UP_S, Stats
 from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
 
-# A file that changes again and again is registered again ever more rarely, at the longest after this.
-SETTLE_MAX_S = 60.0
-
-# Second looks are gathered: they are due at whole multiples of this (seconds).
-_LOOK_EVERY_S = 0.5
-
 # What the hashers did is written at such intervals (seconds), and when they are done: a commit for each is dear.
 _COLLECT_EVERY_S = 0.03
+
+_CHANGED = "a file changed after it was registered"
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
@@ -78,9 +71,7 @@ class Registrar:
         self._work: deque[Registration] = deque()  # to be hashed now
         self._unwritten: deque[list[Hashed]] = deque()  # the database has yet to take these
         self._owed: deque[tuple[Callable[[Any], None], Any]] = deque()  # the spool has yet to learn this
-        self._settling: list[tuple[float, int, list[Hashed]]] = []  # heap by time of the second look
-        self._serial = itertools.count()
-        self._unstable: dict[int, float] = {}  # seconds to the next look, for files that had changed
+        self._settling = Settling(self._policy.settle_after)
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
         self._database_identity = self._database.identity
@@ -138,15 +129,16 @@ class Registrar:
         try:
             self._pay()
             if not self._unwritten:
-                self._changed()
+                self._look_again()
+                self._pay()
                 self._due()
                 self._work.extend(self._intake.take(0.0 if self._work else timeout))
                 self._hash()
             worked = bool(self._unwritten or self._owed)
-            self._pay()
             while self._unwritten:
                 self._write()
                 self._pay()
+            self._pay()
         except SpoolError as error:
             self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
             self._block()
@@ -176,12 +168,12 @@ class Registrar:
             return self._blocked_until - now
         if self._owed:
             return 0.0
-        times = [self._settling[0][0]] if self._settling else []
+        times = [self._settling.due]
         if self._waiting:
             times.append(self._waiting[0][0])
         if self._hashers:
             times.append(now + _COLLECT_EVERY_S)
-        return min(max(0.0, min(times, default=now + RETRY_MAX_S) - now), RETRY_MAX_S)
+        return min(max(0.0, min(times) - now), RETRY_MAX_S)
 
     def _block(self) -> None:
         self._blocked_until = self._clock() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
@@ -216,34 +208,31 @@ class Registrar:
                 self._waiting = list(heapq.merge(due, sorted(self._waiting)))
                 raise
 
-    def _changed(self) -> None:
+    def _look_again(self) -> None:
         """Look again at files that were registered; settle those that stayed as they were, take up the others."""
         now = self._clock()
-        settled: list[Registration] = []
-        changed: list[Failure] = []
-        if self._settling and self._settling[0][0] <= now and self._database.is_replaced():
-            self._unwritten.extend(batch for _, _, batch in self._settling)
-            self._settling.clear()
-        while self._settling and self._settling[0][0] <= now:
-            for registration, entry, known in heapq.heappop(self._settling)[2]:
-                try:
-                    unchanged = Fingerprint.of(os.stat(entry.local_path)) == known.fingerprint
-                except OSError:  # its row is there, and a file that is gone has nothing to add
-                    unchanged = True
-                if unchanged:
-                    self._unstable.pop(registration.id, None)
-                    settled.append(registration)
-                else:
-                    delay = self._unstable.get(registration.id, self._policy.settle_after)
-                    self._unstable[registration.id] = min(2 * delay, SETTLE_MAX_S)
-                    text = "a file changed after it was registered, hashing it again"
-                    self._stats.repeated("info", "changed", text, path=entry.local_path)
-                    changed.append(Failure(registration, text, due=now))
-                    self._work.append(registration)
+        if self._settling.due > now:
+            return
+        if self._database.is_replaced():
+            self._owe(self._take_up, (self._settling.take_all(), "the database was replaced"))
+            return
+        settled, changed = self._settling.look(now)
+        for entry in changed:
+            self._stats.repeated("info", "changed", f"{_CHANGED}, hashing it again", path=entry.path)
         if settled:
-            self._owe(self._remove, settled)
-        if changed:  # who reads the spool's file is not to take them for registrations that never got a row
-            self._owe(self._spool.wait, changed)
+            self._owe(self._spool.settle, settled)
+        if changed:
+            self._owe(self._take_up, ([entry.id for entry in changed], _CHANGED))
+
+    def _take_up(self, ids_and_reason: tuple[list[int], str]) -> None:
+        """Register files that were registered before.
+
+        In the spool's file they wait, so that who reads that does not take them for what never got a row.
+        """
+        ids, reason = ids_and_reason
+        registrations = self._spool.settling(ids)
+        self._spool.wait([Failure(registration, reason, due=self._clock()) for registration in registrations])
+        self._work.extend(registrations)
 
     def _hash(self) -> None:
         """Hash small files at once and have the hashers do the others; sort what came out."""
@@ -335,16 +324,13 @@ class Registrar:
         crashpoint.reach("committed")
         self._unwritten.popleft()
         self._stats.cured("database", "the database can be written again")
-        first = [hashed.registration["pub_id"] for hashed in batch if hashed.registration.id not in self._unstable]
+        first = [
+            hashed.registration["pub_id"] for hashed in batch if not self._settling.had_changed(hashed.registration.id)
+        ]
         self._stats.registered(len(batch), first, batch[-1].entry.local_path)
         registrations = [hashed.registration for hashed in batch]
         self._spool.registered(registrations)
         self._intake.done(registrations)
-        due = self._clock() + max(
-            self._unstable.get(hashed.registration.id, self._policy.settle_after) for hashed in batch
-        )
-        due = math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S
-        heapq.heappush(self._settling, (due, next(self._serial), batch))
         if self._debug is not None:
             for registration, entry, found in batch:
                 where = {"path": entry.local_path, "archive": entry.archive_name, "remote": entry.remote_path}
@@ -353,7 +339,7 @@ class Registrar:
                 )
         if self._database.identity != self._database_identity:
             # another file than before: what was committed to that one is not in this one
-            if self._database_identity is not None:
-                self._unwritten.extend(former for _, _, former in self._settling if former is not batch)
-                self._settling = [(due, next(self._serial), batch)]
+            if former := self._settling.take_all():
+                self._owe(self._take_up, (former, "the database was replaced"))
             self._database_identity = self._database.identity
+        self._settling.add(batch, self._clock())

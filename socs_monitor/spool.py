@@ -205,11 +205,24 @@ class Spool:
             registration.state = SETTLING
         crashpoint.reach("settling")
 
+    def settling(self, ids: Iterable[int]) -> list[Registration]:
+        """Return registrations that are settling, in order."""
+        registrations = self._select(f"{_IDS} ORDER BY id", (json.dumps(list(ids)),))
+        for registration in registrations:
+            registration.state = SETTLING
+        return registrations
+
+    def settle(self, ids: Sequence[int]) -> None:
+        """Forget registrations that were settling: their rows are committed, their files looked at again."""
+        with self._writing() as db:
+            db.execute(f"DELETE FROM registrations WHERE {_IDS}", (json.dumps(ids),))
+            self._changes.update({SETTLING: -len(ids), SETTLED: len(ids)})
+        crashpoint.reach("settled")
+
     def remove(self, registrations: Sequence[Registration]) -> None:
-        """Forget registrations that are done: their rows are committed, their files looked at again."""
+        """Forget registrations that are done otherwise: their files were archived, and removed by SupRsync."""
         with self._moving(registrations, SETTLED) as db:
             db.execute(f"DELETE FROM registrations WHERE {_IDS}", (_ids(registrations),))
-        crashpoint.reach("settled")
 
     def wait(self, failures: Sequence[Failure]) -> None:
         """Note when registrations are to be tried again, and why they failed so far."""

@@ -90,6 +90,13 @@ class Machine(RuleBasedStateMachine):
         committed = self.watched.get(key, 0.0)
         return committed is None or self.clock.now < committed + SETTLE_S
 
+    def acknowledged(self) -> None:
+        """What has arrived is in the spool."""
+        self.required |= self.unspooled
+        self.watched.update(dict.fromkeys(self.unspooled))
+        self.stale -= {name for name, _ in self.unspooled}
+        self.unspooled.clear()
+
     def changed(self, name: str) -> None:
         if not any(self.is_watched(key) for key in self.watched if key[0] == name):
             self.stale.add(name)
@@ -114,12 +121,10 @@ class Machine(RuleBasedStateMachine):
         name, action = key
         if content is not None:
             self.write(name, content, grows=False)
+        self.clock.advance(0.001)  # what arrives after a row's commit does so at a later time
         self.unspooled.add(key)
         if self.killed_at != "received" and self.spool_works:
-            self.required |= self.unspooled
-            self.unspooled.clear()
-        self.watched[key] = None
-        self.stale.discard(name)
+            self.acknowledged()
         self.mortal(lambda: self.chain.accept(name, action=action))
 
     @rule(name=names, content=contents, grows=st.booleans())
@@ -269,8 +274,7 @@ class Machine(RuleBasedStateMachine):
             self.restore()
         self.refuse_a_name(refuse=False)
         self.chain.intake.flush()
-        self.required |= self.unspooled
-        self.unspooled.clear()  # another database later owes nothing to what was settled here
+        self.acknowledged()
         for name in NAMES:
             if name not in self.disk:
                 self.write(name, b"late", grows=False)

@@ -1,0 +1,92 @@
+"""Files whose rows are committed, until a second look tells that they stayed as they were when they were hashed.
+
+Of each only what the look needs is kept in memory; what its registration says is in the spool.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from socs_monitor.checksum import Fingerprint
+from socs_monitor.finder import Hashed
+
+# A file that changes again and again is registered again ever more rarely, at the longest after this (seconds).
+SETTLE_MAX_S = 60.0
+
+# Looks are gathered: they are due at whole multiples of this (seconds), since each waking of the thread costs.
+_LOOK_EVERY_S = 0.5
+
+
+class Registered(NamedTuple):
+    """A registration's key in the spool, its file, and the fingerprint from when that was hashed."""
+
+    id: int
+    path: str
+    fingerprint: Fingerprint
+
+
+class Settling:
+    """What is yet to be looked at again. For one thread.
+
+    Args:
+        settle_after: Seconds from the commit to the look.
+    """
+
+    def __init__(self, settle_after: float) -> None:
+        self._settle_after = settle_after
+        self._batches: list[tuple[float, int, list[Registered]]] = []  # heap by time of the look
+        self._serial = itertools.count()
+        self._delays: dict[int, float] = {}  # seconds to the next look, for files that had changed
+
+    @property
+    def due(self) -> float:
+        """Unix time of the next look; infinite where there is none."""
+        return self._batches[0][0] if self._batches else math.inf
+
+    def add(self, batch: Sequence[Hashed], now: float) -> None:
+        """Take a batch whose rows were committed just `now` (unix time)."""
+        due = now + max(self._delays.get(hashed.registration.id, self._settle_after) for hashed in batch)
+        entries = [Registered(r.id, entry.local_path, found.fingerprint) for r, entry, found in batch]
+        heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
+
+    def had_changed(self, id_: int) -> bool:
+        """Whether the file of registration `id_` had changed after it was registered."""
+        return id_ in self._delays
+
+    def look(self, now: float) -> tuple[list[int], list[Registered]]:
+        """Look at all files that are due.
+
+        Returns:
+            The ids of those that are settled, and those that changed.
+        """
+        settled: list[int] = []
+        changed: list[Registered] = []
+        for entry in self._take(now):
+            if entry.fingerprint == _fingerprint(entry):
+                self._delays.pop(entry.id, None)
+                settled.append(entry.id)
+            else:
+                delay = self._delays.get(entry.id, self._settle_after)
+                self._delays[entry.id] = min(2 * delay, SETTLE_MAX_S)
+                changed.append(entry)
+        return settled, changed
+
+    def take_all(self) -> list[int]:
+        """Return the ids of all there are, and forget them."""
+        return [entry.id for entry in self._take(math.inf)]
+
+    def _take(self, until: float) -> Iterator[Registered]:
+        while self._batches and self._batches[0][0] <= until:
+            yield from heapq.heappop(self._batches)[2]
+
+
+def _fingerprint(entry: Registered) -> Fingerprint:
+    try:
+        return Fingerprint.of(os.stat(entry.path))
+    except OSError:  # its row is there, and a file that is gone has nothing to add
+        return entry.fingerprint
