@@ -99,6 +99,8 @@ def measure(plan: cases.Plan, console: Console) -> dict[str, Any]:
                     turn.large(large, place / "links")
         with part("sustained, with metadata and status calls"):
             cases.sustained(results, plan, folder, files)
+        with part(f"{plan.agents} agents at once"):
+            cases.several(results, plan, folder, files)
         with part("grown database"):
             cases.grown(results, plan, folder, files)
         tell("done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import sqlite3
 import statistics
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import load
+from bench import load, systems
 from bench.systems import FLOOR, OURS, PEER, System, agent
 from socs_monitor.emulator import Message, SmurfServer
 from tests.harness import Agent
@@ -32,9 +33,10 @@ class Plan(NamedTuple):
     idle_s: float = 10.0
     rates: Mapping[int, float] = {200: 2.0, 1000: 4.0, 5000: 3.0, 10_000: 4.0}  # rate to duration
     bursts: Mapping[int, float | None] = {3000: None, 20_000: 100_000.0}  # count to rate
-    sizes: Mapping[int, int] = {64 << 10: 1000, 1 << 20: 256, 16 << 20: 32, 256 << 20: 8}  # size to count
+    sizes: Mapping[int, int] = {64 << 10: 4000, 1 << 20: 1000, 16 << 20: 64, 256 << 20: 8}  # size to count
     sustained_s: float = 10.0
-    grown_rows: int = 1_000_000  # 0 leaves this case out
+    agents: int = 6
+    grown_rows: int = 5_000_000  # 0 leaves this case out
     grown_rounds: int = 2
 
     @property
@@ -51,7 +53,7 @@ QUICK = Plan(
     alone_peer=5,
     idle_s=2.0,
     rates={1000: 1.5, 5000: 1.0, 10_000: 1.0},
-    sizes={1 << 20: 128, 256 << 20: 4},
+    sizes={1 << 20: 512, 256 << 20: 4},
     sustained_s=1.5,
     grown_rows=0,
 )
@@ -266,6 +268,40 @@ def sustained(results: Results, plan: Plan, folder: Path, files: Sequence[Messag
         sample = load.run(system, files[50:], 10_000.0, extra=metadata)
         note(results, "10000 a second with metadata", OURS, sample, cpu=True)
         results.add("10000 a second with metadata", OURS, worst_status_s=caller.worst_s)
+
+
+def several(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:
+    """As many agents as there are servers, on one router: 10,000 a second in all, metadata and status calls too."""
+    case = f"{plan.agents} agents, 10000 a second in all"
+    files = files[: int(10_000 * plan.sustained_s)]
+    server = SmurfServer(folder / "metadata of several", streams=1)
+    metadata = list(server.messages(len(files) // 20, ("metadata",)))
+    fork = multiprocessing.get_context("fork")
+    with systems.several(folder / "several", plan.agents) as agents:
+        samples = fork.SimpleQueue()
+
+        def one(number: int, system: System) -> None:
+            share = files[number :: plan.agents]
+            with Caller(system) as caller:
+                load.run(system, share[:50], 500.0, settle=False)
+                ready.wait()
+                more = metadata[number :: plan.agents]
+                sample = load.run(system, share[50:], 10_000.0 / plan.agents, extra=more)
+            samples.put((sample, caller.worst_s))
+
+        ready = fork.Barrier(plan.agents)
+        children = [fork.Process(target=one, args=pair) for pair in enumerate(agents)]
+        for child in children:
+            child.start()
+        for _ in children:
+            sample, worst_s = samples.get()
+            note(results, case, OURS, sample, cpu=True)
+            results.add(case, OURS, worst_status_s=worst_s)
+            results.add_latencies(case, OURS, sample.latencies)
+        for child in children:
+            child.join()
+        for system in agents:
+            results.add(case, OURS, memory_mb=system.memory_mb())
 
 
 def grown(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:

@@ -113,17 +113,32 @@ def floor(folder: Path, gather_s: float = _GATHER_S) -> Iterator[System]:
 
 
 @contextlib.contextmanager
-def agent(folder: Path, name: str = OURS, db_path: Path | None = None) -> Iterator[System]:
+def agent(folder: Path, name: str = OURS) -> Iterator[System]:
     """This agent or the published one, with a router of its own: both have the same address on it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Router(folder) as router:
-        process = Agent(folder, router, db_path=db_path, bin_dir=PEER_BIN if name == PEER else OWN_BIN)
-        with process:
-            process.wait_listening(120)
-            process.client()
-            yield System(name, process, process.udp_port, process.db_path, 1.0 if name == PEER else SETTLED_S)
-            with contextlib.suppress(AssertionError):  # the published one may take its time
-                process.stop()
+    with Router(folder) as router, _agent(folder, router, name) as system:
+        yield system
+
+
+@contextlib.contextmanager
+def several(folder: Path, count: int) -> Iterator[list[System]]:
+    """Some of this agent, one a SMuRF server, on one router."""
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        router = stack.enter_context(Router(folder))
+        agents = [_agent(folder / f"{number}", router, OURS, f"pysmurf-monitor-{number}") for number in range(count)]
+        yield [stack.enter_context(agent) for agent in agents]
+
+
+@contextlib.contextmanager
+def _agent(folder: Path, router: Router, name: str, instance: str = Agent.INSTANCE) -> Iterator[System]:
+    process = Agent(folder, router, bin_dir=PEER_BIN if name == PEER else OWN_BIN, instance=instance)
+    with process:
+        process.wait_listening(120)
+        process.client()
+        yield System(name, process, process.udp_port, process.db_path, 1.0 if name == PEER else SETTLED_S)
+        with contextlib.suppress(AssertionError):  # the published one may take its time
+            process.stop()
 
 
 @contextlib.contextmanager

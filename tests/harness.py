@@ -296,6 +296,7 @@ def write_site_config(
     db_path: Path,
     options: Sequence[Sequence[Any]] = (),
     published: bool = False,
+    instance_id: str | None = None,
 ) -> None:
     """Write the example site config with another router, port and database.
 
@@ -306,6 +307,7 @@ def write_site_config(
         db_path: For ``--db-path``.
         options: Further options of the agent, as a site config has them: ``[["--create-table", False]]``.
         published: Leave out the options that the published agent does not know.
+        instance_id: Of the agent; default is the example's.
     """
     config = yaml.safe_load(SITE_CONFIG.read_text())
     config["hub"] |= {"wamp_server": router.ws_url, "wamp_http": router.http_url}
@@ -313,6 +315,7 @@ def write_site_config(
     # files lie in scratch folders, which may be anywhere
     ours = [["--data-root", "/"], ["--udp-port", udp_port], ["--db-path", str(db_path)], *options]
     merged = {option[0]: [*option] for option in [*instance["arguments"], *ours]}
+    instance["instance-id"] = instance_id or instance["instance-id"]
     instance["arguments"] = [option for option in merged.values() if not published or option[0] in DOCUMENTED]
     path.write_text(yaml.safe_dump(config))
 
@@ -329,6 +332,7 @@ class Agent(Process):
         arguments: More command line arguments; OCS takes only its own there, e.g. ``--crossbar-timeout``.
         env: Environment variables to add.
         bin_dir: Programs of the environment to take `ocs-agent-cli` from: ours, or `PEER_BIN`.
+        instance: Its instance-id, where there are several on a router.
     """
 
     INSTANCE = "pysmurf-monitor"
@@ -344,12 +348,14 @@ class Agent(Process):
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         bin_dir: Path = OWN_BIN,
+        instance: str = INSTANCE,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.INSTANCE = instance
         self.udp_port = free_udp_port() if udp_port is None else udp_port
         self.db_path = folder / "suprsync.db" if db_path is None else db_path
         self.site_config = folder / "site-config.yaml"
-        write_site_config(self.site_config, router, self.udp_port, self.db_path, options, bin_dir == PEER_BIN)
+        write_site_config(self.site_config, router, self.udp_port, self.db_path, options, bin_dir == PEER_BIN, instance)
         command = [require(bin_dir / "ocs-agent-cli")]
         coverage = sys.modules.get("coverage")
         if bin_dir == OWN_BIN and coverage is not None and coverage.Coverage.current() is not None:
