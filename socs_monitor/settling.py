@@ -23,11 +23,14 @@ _LOOK_EVERY_S = 0.5
 
 
 class Registered(NamedTuple):
-    """A registration's key in the spool, its file, and the fingerprint from when that was hashed."""
+    """A registration's key in the spool, its file, and a hash of the fingerprint from when that was hashed.
+
+    There are tens of thousands of these under load: the fingerprint itself would be half of their memory.
+    """
 
     id: int
     path: str
-    fingerprint: Fingerprint
+    fingerprint: int
 
 
 class Settling:
@@ -51,7 +54,7 @@ class Settling:
     def add(self, batch: Sequence[Hashed], now: float) -> None:
         """Take a batch whose rows were committed just `now` (unix time)."""
         due = now + max(self._delays.get(hashed.registration.id, self._settle_after) for hashed in batch)
-        entries = [Registered(r.id, entry.local_path, found.fingerprint) for r, entry, found in batch]
+        entries = [Registered(r.id, entry.local_path, hash(found.fingerprint)) for r, entry, found in batch]
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
 
     def had_changed(self, id_: int) -> bool:
@@ -85,8 +88,8 @@ class Settling:
             yield from heapq.heappop(self._batches)[2]
 
 
-def _fingerprint(entry: Registered) -> Fingerprint:
+def _fingerprint(entry: Registered) -> int:
     try:
-        return Fingerprint.of(os.stat(entry.path))
+        return hash(Fingerprint.of(os.stat(entry.path)))
     except OSError:  # its row is there, and a file that is gone has nothing to add
         return entry.fingerprint
