@@ -52,7 +52,7 @@ def look(configuration: argparse.Namespace, now: float) -> tuple[bool, dict[str,
         try:
             spool = stack.enter_context(contextlib.closing(readonly.connect(path)))
             data["files"] |= _entries_of(spool)
-            data["spool"] = {"bytes": _bytes_of(spool), "max_bytes": configuration.spool_size}
+            data["spool"] = {"bytes": spoolfile.used_bytes(spool), "max_bytes": configuration.spool_size}
             if (received := _oldest_without_row(spool, database, now - OLDEST_S)) is not None:
                 degraded["oldest"] = f"a registration has waited for its row for {now - received:.0f} s"
         except (sqlite3.Error, OSError) as error:
@@ -75,13 +75,6 @@ def _entries_of(spool: sqlite3.Connection) -> dict[str, int]:
     """How many entries are in which state; of the unsettled ones the agent alone knows which have their row."""
     counts = dict(spool.execute("SELECT state, count(*) FROM registrations GROUP BY state"))
     return {"unsettled": counts.get(PENDING, 0), "waiting": counts.get("waiting", 0), "dead": counts.get(DEAD, 0)}
-
-
-def _bytes_of(spool: sqlite3.Connection) -> int:
-    pages, free, size = (
-        spool.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * size)
 
 
 def _oldest_without_row(spool: sqlite3.Connection, database: sqlite3.Connection | None, before: float) -> float | None:

@@ -167,7 +167,7 @@ class Spool:
             SpoolError: If they could not be written.
         """
         with self._writing() as db:
-            if self._bytes() > self.max_bytes and self._make_room(db) > self.max_bytes:
+            if spoolfile.used_bytes(db) > self.max_bytes and self._make_room(db) > self.max_bytes:
                 raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
             whole = len(batch) - len(batch) % _ROWS
             for start in range(0, whole, _ROWS):
@@ -303,20 +303,14 @@ class Spool:
     @property
     def bytes(self) -> int:
         """Size of what is in it."""
-        with self._reading():
-            return self._bytes()
-
-    def _bytes(self) -> int:
-        pages, free, size = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
+        with self._reading() as db:
+            return spoolfile.used_bytes(db)
 
     def _make_room(self, db: sqlite3.Connection) -> int:
         """Drop refused registrations, and return the size then: anybody can send those."""
         dropped = db.execute("DELETE FROM registrations WHERE state = 'dead' AND refused = 1").rowcount
         self._changes.update({DEAD: -dropped, DISCARDED: dropped})
-        return self._bytes()
+        return spoolfile.used_bytes(db)
 
     def _drop(self, statement: str, *parameters: object) -> int:
         with self._writing() as db:

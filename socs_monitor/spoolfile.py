@@ -138,6 +138,14 @@ def _open_checked(path: str) -> sqlite3.Connection:
     return db
 
 
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Size of what is in the spool, without what is free in its file."""
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
 def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connection:
     """Open the file, or a new one in its place; `report` is told if the old one had to be set aside.
 
