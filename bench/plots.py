@@ -92,7 +92,7 @@ def _latency(summary: Summary, axes: Axes) -> None:
             axes.plot(seconds, percents, line, color=_STYLE[name][0], label=f"{name}, {called}")
     axes.set_xscale("log")
     axes.set(xlabel="from send to committed row, ms", ylabel="% of registrations", title="Latency distribution")
-    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.62, 0.3))
+    _legend_below(axes)
 
 
 def _throughput(summary: Summary, axes: Axes) -> None:
@@ -110,4 +110,8 @@ def _throughput(summary: Summary, axes: Axes) -> None:
     axes.set_xticks(marks, [f"{mark:g}" if mark >= 1 else f"1/{1 / mark:g}" for mark in marks])
     axes.set(xlabel="size of a file, MiB", ylabel="MB/s", title="Throughput against file size")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
