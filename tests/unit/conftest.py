@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from socs_monitor.spool import Spool
 from tests.chain import Chain, Clock
 
 
@@ -23,3 +25,29 @@ def chain(tmp_path: Path, clock: Clock) -> Iterator[Chain]:
     chain.step()
     yield chain
     chain.crash()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Of a spool."""
+    return str(tmp_path / "spool")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What was reported."""
+    return []
+
+
+@pytest.fixture
+def open_spool(path: str, said: list[str]) -> Iterator[Callable[..., Spool]]:
+    """Opens the spool; all are closed in the end."""
+    opened: list[Spool] = []
+
+    def open_it(**options: Any) -> Spool:
+        opened.append(Spool(path, said.append, **options))
+        return opened[-1]
+
+    yield open_it
+    for spool in opened:
+        spool.close()

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from socs_monitor.spool import (
     Spool,
     SpoolFullError,
 )
-from socs_monitor.spoolfile import SpoolBusyError, SpoolError
+from socs_monitor.spoolfile import SpoolError
 from tests.chain import execute, write_lock
 
 OpenSpool = Callable[..., Spool]
@@ -43,29 +43,6 @@ def incoming(number: int, **extra: Any) -> Incoming:
 def names(registrations: Sequence[Registration]) -> list[int]:
     """The numbers that registrations were made with."""
     return [int(os.path.basename(registration["path"]).removesuffix(".g3")) for registration in registrations]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "spool")
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def open_spool(path: str, said: list[str]) -> Iterator[OpenSpool]:
-    opened: list[Spool] = []
-
-    def open_it(**options: Any) -> Spool:
-        opened.append(Spool(path, said.append, **options))
-        return opened[-1]
-
-    yield open_it
-    for spool in opened:
-        spool.close()
 
 
 @pytest.fixture
@@ -190,7 +167,19 @@ def test_no_id_is_used_twice(open_spool: OpenSpool) -> None:
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["accept", "settle", "wait", "bury", "refuse", "remove", "unsettle", "retry", "discard", "reopen"]
+            [
+                "accept",
+                "register",
+                "settle",
+                "wait",
+                "bury",
+                "refuse",
+                "remove",
+                "unsettle",
+                "retry",
+                "discard",
+                "reopen",
+            ]
         ),
         st.sets(st.integers(1, 8), max_size=4),
     ),
@@ -211,9 +200,11 @@ def test_the_counts_add_up_and_are_the_files_whatever_happens(
         live = [registration for registration in known if registration.id in ids]
         if operation == "accept":
             spool.accept([incoming(number) for number in ids] or [incoming(0)])
-        elif operation == "settle":
+        elif operation == "register":
             spool.registered(live)
             settling.update({registration.id: registration for registration in live})
+        elif operation == "settle":
+            spool.settle([settling.pop(id_).id for id_ in ids & settling.keys()])
         elif operation == "wait":
             spool.wait(fail(live, due=1.0))
         elif operation in ("bury", "refuse"):
@@ -240,68 +231,6 @@ def test_the_counts_add_up_and_are_the_files_whatever_happens(
         )
         assert {state: now[state] for state in STATES if now[state]} == stored
     spool.close()
-
-
-def test_only_one_process_has_a_spool(open_spool: OpenSpool, path: str) -> None:
-    first = open_spool()
-    with pytest.raises(SpoolBusyError, match=r"in use by another process .*fuser .*spool\.lock.*--spool-path"):
-        open_spool()
-    first.accept([incoming(0)])
-    first.close()
-
-    assert counts(open_spool()) == {"pending": 1, "received": 1}
-
-
-@pytest.mark.parametrize("damage", ["unknown version", "no database", "corrupt", "truncated"])
-def test_a_spool_that_cannot_be_read_is_set_aside_whole_and_a_new_one_begun(
-    open_spool: OpenSpool, path: str, said: list[str], damage: str
-) -> None:
-    spool = open_spool()
-    spool.accept([incoming(number) for number in range(300)])
-    spool.close()
-    content = Path(path).read_bytes()
-    if damage == "unknown version":
-        execute(path, "PRAGMA user_version = 99")
-    else:
-        middle = len(content) // 2
-        damaged = {
-            "no database": b"x" * 5000,
-            "corrupt": content[:middle] + os.urandom(8192) + content[middle + 8192 :],
-            "truncated": content[:8192],
-        }[damage]
-        Path(path).write_bytes(damaged)
-    before = Path(path).read_bytes()
-
-    spool = open_spool()
-    assert counts(spool) == {}
-    assert spool.accept([incoming(0)]) == [1]
-    (line,) = said
-    assert f"the spool {path} cannot be read" in line
-    (aside,) = [entry for entry in Path(path).parent.iterdir() if entry.name.endswith(".set-aside")]
-    assert f"set aside as {aside}" in line
-    assert aside.read_bytes() == before
-
-
-def test_a_spool_that_cannot_be_opened_is_left_and_let_go_of(open_spool: OpenSpool, path: str) -> None:
-    os.mkdir(path)
-    with pytest.raises(SpoolError, match=f"cannot open the spool {path}"):
-        open_spool()
-    os.rmdir(path)
-
-    open_spool()
-
-
-def test_a_spool_below_a_file_cannot_be_opened(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(SpoolError, match="cannot open the spool"):
-        Spool(str(tmp_path / "file" / "spool"), print)
-
-
-def test_the_folder_of_a_spool_is_made(tmp_path: Path) -> None:
-    spool = Spool(str(tmp_path / "a" / "b" / "spool"), print)
-    spool.close()
-
-    assert (tmp_path / "a" / "b" / "spool").is_file()
 
 
 def test_the_oldest_dead_letters_give_way_refused_ones_first(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
