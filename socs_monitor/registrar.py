@@ -296,13 +296,16 @@ class Registrar:
         if dropped:
             text = f"more than {MAX_DEAD} dead letters: the oldest are dropped, refused ones first"
             self._stats.repeated("warn", "dead_letters", text, dropped=dropped)
+        letters = self._spool.dead([failure.registration.id for failure in failures])
+        senders = {letter.id: letter.sender for letter in letters}
         for registration, reason, _, refused in failures:
+            keys = {"sender": senders.get(registration.id), "id": registration["pub_id"], "path": registration["path"]}
             if refused:
                 text = f"registration {registration.id} was refused, a dead letter: {reason}"
-                self._stats.repeated("warn", "refused", text, id=registration["pub_id"], path=registration["path"])
+                self._stats.repeated("warn", "refused", text, **keys)
             else:
                 text = f"registration {registration.id} became a dead letter: {reason}. See the task retry_failed"
-                self._stats.repeated("error", "given_up", text, id=registration["pub_id"], path=registration["path"])
+                self._stats.repeated("error", "given_up", text, **keys)
                 self._stats.alarm("given up", text, GIVEN_UP_S)
 
     def _write(self) -> None:
