@@ -14,7 +14,8 @@ from socs_monitor import spool
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
 from socs_monitor.sequences import GRACE_S, Sequences
 from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
-from tests.chain import SENDER, Chain, Clock, write_lock
+from tests import chain
+from tests.chain import Chain, Clock, write_lock
 from tests.unit.test_udp import ASKED, overflow, twisted_lets_go_of_it
 from tests.unit.test_udp import Bench as Port
 
@@ -226,7 +227,7 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
     assert bench.degraded() == {}
     ((level, text),) = bench.lines("refused")
     assert level == "warn"
-    assert f"sender={SENDER} " in text
+    assert f"sender={chain.SENDER} " in text
     bench.chain.accept("never_comes")
     while bench.look()["files"]["dead"] == 1:
         bench.chain.step()
@@ -236,7 +237,7 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
     assert "never_comes: No such file or directory, given up after 1 h" in reason
     ((level, text),) = bench.lines("given_up")
     assert level == "error"
-    assert f"sender={SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
+    assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
     assert bench.degraded(GIVEN_UP_S - 120)
     assert bench.degraded(120) == {}
 
