@@ -7,10 +7,11 @@ reading) goes through that descriptor. What is checked is what is hashed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 # Read at a time. Large enough that the interpreter lock is held for little of the time, small enough that a stop
@@ -47,7 +48,7 @@ class Checksum(NamedTuple):
     fingerprint: Fingerprint
 
 
-def _open(path: str, roots: Sequence[str], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
+def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
     try:
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -58,14 +59,14 @@ def _open(path: str, roots: Sequence[str], own: tuple[str, ...]) -> tuple[int, o
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
-        alias = f"/proc/self/fd/{handle}"
-        target = os.readlink(alias)
+        name, descriptors = str(handle), _descriptors(os.getpid())
+        target = os.readlink(name, dir_fd=descriptors)
         if roots and not _is_below(target, roots):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
         # closing a descriptor of a file that SQLite has open here would drop all of its locks (POSIX)
         if target.startswith(own) or (status.st_nlink > 1 and _is_one_of(status, own)):
             raise FileRefusedError(f"{path} is {target}, a file of the monitor's own databases")
-        return os.open(alias, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), status
+        return os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptors), status
     finally:
         os.close(handle)
 
@@ -75,8 +76,19 @@ def _is_one_of(status: os.stat_result, own: tuple[str, ...]) -> bool:
     return any(os.path.samestat(status, os.stat(name)) for name in names if os.path.exists(name))
 
 
-def _is_below(path: str, roots: Sequence[str]) -> bool:
-    return any(path.startswith(root.rstrip("/") + "/") for root in roots)
+@functools.cache
+def _descriptors(pid: int) -> int:
+    """The folder of process `pid`'s descriptors, kept open: the way there would be looked up twice for each file."""
+    return os.open(f"/proc/{pid}/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _is_below(path: str, roots: tuple[str, ...]) -> bool:
+    return path.startswith(_prefixes(roots))
+
+
+@functools.cache
+def _prefixes(roots: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(root.rstrip("/") + "/" for root in roots)
 
 
 def _kind(mode: int) -> str:
@@ -92,7 +104,7 @@ def _kind(mode: int) -> str:
 
 def checksum(
     path: str,
-    roots: Sequence[str] = (),
+    roots: tuple[str, ...] = (),
     at_most: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
     own: tuple[str, ...] = (),

@@ -87,7 +87,7 @@ def test_a_missing_file_is_missing_and_not_refused(tmp_path: Path) -> None:
         ("file/x", NotADirectoryError),
     ):
         with pytest.raises(error):
-            checksum(str(tmp_path / name), [str(tmp_path)])
+            checksum(str(tmp_path / name), (str(tmp_path),))
 
 
 def test_links_in_a_circle_are_an_error_of_the_system(tmp_path: Path) -> None:
@@ -99,15 +99,15 @@ def test_links_in_a_circle_are_an_error_of_the_system(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def roots(tmp_path: Path) -> list[str]:
+def roots(tmp_path: Path) -> tuple[str, ...]:
     """Two data roots; files of the name ``file`` are in both, beside them, and where a prefix would mislead."""
     for folder in ("root", "second", "rooted", "outside"):
         write_file(tmp_path / folder / "file", folder.encode())
-    return [str(tmp_path / "root"), str(tmp_path / "second") + "/"]
+    return str(tmp_path / "root"), str(tmp_path / "second") + "/"
 
 
 @pytest.mark.parametrize("name", ["root/file", "second/file", "root/../second/file", "outside/../root/file"])
-def test_files_below_a_data_root_are_taken(tmp_path: Path, roots: list[str], name: str) -> None:
+def test_files_below_a_data_root_are_taken(tmp_path: Path, roots: tuple[str, ...], name: str) -> None:
     path = tmp_path / name
     found = checksum(str(path), roots)
 
@@ -116,7 +116,7 @@ def test_files_below_a_data_root_are_taken(tmp_path: Path, roots: list[str], nam
 
 
 @pytest.mark.parametrize("name", ["outside/file", "rooted/file", "root/../outside/file", "root/../rooted/file"])
-def test_files_outside_of_the_data_roots_are_refused(tmp_path: Path, roots: list[str], name: str) -> None:
+def test_files_outside_of_the_data_roots_are_refused(tmp_path: Path, roots: tuple[str, ...], name: str) -> None:
     with pytest.raises(FileRefusedError, match="outside of the data roots"):
         checksum(str(tmp_path / name), roots)
     assert checksum(str(tmp_path / name)) is not None
@@ -124,13 +124,13 @@ def test_files_outside_of_the_data_roots_are_refused(tmp_path: Path, roots: list
 
 @pytest.mark.parametrize("name", ["outside/none", "root/../outside/none", "rooted/none"])
 def test_whether_a_file_outside_of_the_data_roots_exists_is_not_told(
-    tmp_path: Path, roots: list[str], name: str
+    tmp_path: Path, roots: tuple[str, ...], name: str
 ) -> None:
     with pytest.raises(FileRefusedError, match="outside of the data roots"):
         checksum(str(tmp_path / name), roots)
 
 
-def test_a_link_counts_as_what_it_leads_to(tmp_path: Path, roots: list[str]) -> None:
+def test_a_link_counts_as_what_it_leads_to(tmp_path: Path, roots: tuple[str, ...]) -> None:
     (tmp_path / "root" / "in").symlink_to(tmp_path / "second" / "file")
     (tmp_path / "root" / "out").symlink_to(tmp_path / "outside" / "file")
     (tmp_path / "root" / "folder").symlink_to(tmp_path / "outside")
@@ -146,7 +146,7 @@ def test_a_link_counts_as_what_it_leads_to(tmp_path: Path, roots: list[str]) -> 
 def test_everything_is_below_the_root_of_the_file_system(tmp_path: Path) -> None:
     write_file(tmp_path / "file", b"x")
 
-    assert checksum(str(tmp_path / "file"), ["/"]) is not None
+    assert checksum(str(tmp_path / "file"), ("/",)) is not None
 
 
 def test_a_large_file_is_given_up_at_a_stop(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_large_file_is_given_up_at_a_stop(tmp_path: Path) -> None:
     assert len(asked) == 2
 
 
-def test_no_descriptor_stays_open(tmp_path: Path, roots: list[str]) -> None:
+def test_no_descriptor_stays_open(tmp_path: Path, roots: tuple[str, ...]) -> None:
     def try_all() -> None:
         for name in ("root/file", "outside/file", "root", "root/none"):
             try:
