@@ -6,9 +6,9 @@ one table. Layout, version 1 (``PRAGMA user_version``)::
     registrations(id, state, received, sender, message, attempts, due, reason, refused)
 
     id        in the order of arrival, never used twice
-    state     pending   accepted, no row in the database yet
-              waiting   the file was missing or unreadable; tried again at `due`
-              settling  its row is committed; the file is looked at once more
+    state     pending   accepted; which of these have their row and settle, the agent that runs knows by heart
+              waiting   the file was missing or unreadable, or changed after its row; looked for at `due`
+              settling  as an earlier version left it; taken for pending
               dead      given up or refused, kept for a person, with its `reason`
     received  unix time of acceptance
     sender    host:port
