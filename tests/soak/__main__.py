@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,7 +228,11 @@ def check(monitor: Agent, suprsyncs: Sequence[SupRsync], load: Soak) -> None:
     """Look at what is left."""
     say("looking at every file")
     check_rows(rows(monitor.db_path), load.sums)
-    assert set(spooled(spool_of(monitor)).values()) <= {"settling"}
+    # of the last seconds: their rows are there, and the files yet to be looked at
+    left = spooled(spool_of(monitor))
+    lost = {path.removesuffix(".npy") for path in left} - {path.removesuffix(".npy") for path in load.sums}
+    assert not lost, f"in the spool only: {sorted(lost)[:3]}"
+    assert set(left.values()) <= {"pending", "waiting"}, Counter(left.values())
     for row in rows(monitor.db_path):
         base = next(process.base for process in suprsyncs if process.archive == row["archive_name"])
         content = (base / row["remote_path"]).read_bytes()
