@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.docker.system import AGENT, HEALTH, ROUTER, System
 from tests.harness import rows, wait_until
+from tests.silent import silent_router
 
 # The first build installs everything that the images need.
 pytestmark = pytest.mark.timeout(900)
@@ -47,29 +46,9 @@ def test_health_check_sees_that_files_do_not_get_through(system: System) -> None
     wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "healthy", 30, "Docker says healthy")
 
 
-class SilentAgentRouter(BaseHTTPRequestHandler):
-    """A router that answers while the agent behind it does not: no call ever has a reply."""
-
-    def do_GET(self) -> None:
-        self.send_error(405)
-
-    def do_POST(self) -> None:
-        self.rfile.read()  # until the caller gives up
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_health_check_sees_an_agent_that_hangs(system: System) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), SilentAgentRouter) as router:
-        thread = threading.Thread(target=router.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{router.server_port}/call"
-            done = system.execute(HEALTH, options=["--env", f"SITE_HTTP={url}"])
-        finally:
-            router.shutdown()
-            thread.join()
+    with silent_router() as port:
+        done = system.execute(HEALTH, options=["--env", f"SITE_HTTP=http://127.0.0.1:{port}/call"])
     assert done.returncode == 1
     assert "does not answer within 6 s, though the router does" in done.stdout
 

@@ -12,10 +12,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from socs_monitor.emulator import Publisher
 from tests.harness import OWN_BIN, PEER_BIN, Agent, Router, wait_until
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, data, files, wait_registered
+from tests.silent import silent_router
 
 StartAgent = Callable[..., Agent]
 
@@ -227,32 +226,6 @@ def test_where_nothing_can_be_known_that_is_told(tmp_path: Path) -> None:
     shown = command("status", "--db-path", tmp_path / "none.db", code=UNKNOWN)
     assert "where the router is, is not known: name the site config" in shown
     assert "is this the agent's host, and --spool-path or --db-path its own?" in shown
-
-
-class SilentRouter(BaseHTTPRequestHandler):
-    """Answers while the agent behind it does not: no call ever has a reply."""
-
-    def do_GET(self) -> None:
-        self.send_error(405)
-
-    def do_POST(self) -> None:
-        self.rfile.read()  # until the caller gives up
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def silent_router() -> Iterator[int]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), SilentRouter) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @contextlib.contextmanager
