@@ -151,6 +151,10 @@ services:
         """Wait until the health check says so."""
         wait_until(lambda: self.health().stdout.startswith(said), 90, f"the health check says {said!r}")
 
+    def wait_for_engine(self, status: str, service: str = AGENT) -> None:
+        """Wait until the engine, which asks by itself, says so of a service's health."""
+        wait_until(lambda: self.inspect(service)["State"]["Health"]["Status"] == status, 60, f"{service} is {status}")
+
     def wait_registered(self, sent: Sequence[Message]) -> None:
         """Wait until each file that was sent has its row, and none has two; a later server may name a file again."""
         files = {message.file for message in sent}

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.timeout(900)
 def test_health_check_is_healthy(system: System) -> None:
     done = system.health()
     assert (done.stdout, done.returncode) == ("all well\n", 0)
-    assert system.inspect()["State"]["Health"]["Status"] == "healthy"
-    assert system.inspect(ROUTER)["State"]["Health"]["Status"] == "healthy"
+    system.wait_for_engine("healthy")
+    system.wait_for_engine("healthy", ROUTER)
 
 
 def test_health_check_sees_run_stopped(system: System) -> None:
@@ -27,7 +27,7 @@ def test_health_check_sees_run_stopped(system: System) -> None:
     client.run.wait(timeout=20)
     try:
         done = system.health()
-        wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "unhealthy", 30, "Docker says unhealthy")
+        system.wait_for_engine("unhealthy")
     finally:
         client.run.start()
     assert done.returncode == 4
@@ -40,10 +40,10 @@ def test_health_check_sees_that_files_do_not_get_through(system: System) -> None
         sent = server.send(server.messages(5))
         wait_until(lambda: system.health().returncode == 3, 30, "the health check says degraded")
         assert system.health().stdout.startswith("degraded; database: the database")
-        wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "unhealthy", 60, "Docker says unhealthy")
+        system.wait_for_engine("unhealthy")
     system.wait_registered(sent)
     system.wait_healthy()
-    wait_until(lambda: system.inspect()["State"]["Health"]["Status"] == "healthy", 30, "Docker says healthy")
+    system.wait_for_engine("healthy")
 
 
 def test_health_check_sees_an_agent_that_hangs(system: System) -> None:
