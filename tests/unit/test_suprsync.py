@@ -195,6 +195,14 @@ def test_a_row_that_the_database_refuses_takes_the_batch_with_it(open_database: 
     assert len(rows(db_path)) == 1
 
 
+def test_a_path_that_no_text_of_sqlite_can_be_takes_the_batch_with_it(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    with pytest.raises(RowRefusedError, match="surrogates not allowed"):
+        database.register([file(), file(path="/data/\ud800")])
+
+    assert rows(db_path) == []
+
+
 # --- the file
 
 
