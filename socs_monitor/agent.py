@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import ipaddress
 import os
 import queue
@@ -378,6 +379,9 @@ def main(args: list[str] | None = None) -> None:
         monitor.start()
     except (SpoolError, CannotListenError) as error:
         raise SystemExit(f"PysmurfMonitor cannot start: {error}") from error
+    # what is there by now stays, and looking through it again and again would be a tenth of what a file costs
+    gc.collect()
+    gc.freeze()
     if not parsed.test_mode:
         # not OCS's start-up, which waits for the router: files are registered without one
         reactor.callWhenRunning(agent.start, "run", {}, password=agent)
