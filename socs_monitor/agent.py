@@ -282,6 +282,7 @@ class PysmurfMonitor(DatagramProtocol):
                 self._ended = session
                 self.running = False
                 self._registrar.resume()
+            self._stats.say_registered()
             self._show()
         return True, "Monitor exited cleanly."
 

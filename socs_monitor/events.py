@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 EVENTS: Mapping[str, str] = {
-    "registered": "Rows were committed: files is how many, path the last one's. Each file by itself at debug.",
+    "registered": "Rows were committed: files is how many in a second, path the last one's. Each by itself at debug.",
     "waiting": "A file is not there yet, or cannot be read; it is looked for again.",
     "changed": "A file changed after it was registered; it is hashed and registered again.",
     "given_up": "A file was looked for in vain for too long: its registration is a dead letter.",

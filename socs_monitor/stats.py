@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,10 @@ _MAX_TEXT = 1200
 
 # Seconds for which datagrams that are no use are gathered into one line of the log.
 DIGEST_S = 60.0
+
+# Batches of files share a line of the log where they follow each other faster than this (seconds): a line for each
+# would be a tenth of what a file costs, and nothing a person could read.
+REGISTERED_S = 1.0
 
 # Seconds for which a file that was given up degrades the agent.
 GIVEN_UP_S = 3600.0
@@ -80,6 +85,8 @@ class Stats:
         self._said: defaultdict[str, float] = defaultdict(float)
         self._unsaid: dict[str, _Held] = {}
         self.unpublished: Counter[str] = Counter()
+        self._unsaid_files = 0
+        self._counting = threading.Lock()
         self.last_file = ""
         self.last_time: float | None = None
         self.streams = StreamActivity(clock)
@@ -119,10 +126,21 @@ class Stats:
             publishers: Who announced them, each but those that were registered before and have changed since.
             path: The last one's.
         """
-        self.last_file = path
-        self.last_time = self._clock()
+        with self._counting:
+            self._unsaid_files += files
+            self.last_file = path
+            self.last_time = self._clock()
         self.streams.registered(publishers)
-        self.log("info", "registered", f"registered {files} files", files=files, path=path)
+        if self.last_time - self._said["registered"] >= REGISTERED_S:
+            self.say_registered()
+
+    def say_registered(self) -> None:
+        """Log how many files were registered since the last such line."""
+        with self._counting:
+            files, self._unsaid_files = self._unsaid_files, 0
+        if files:
+            self._said["registered"] = self._clock()
+            self.log("info", "registered", f"registered {files} files", files=files, path=self.last_file)
 
     def useless(self, reason: str, sender: str) -> None:
         """Count a datagram of host `sender` that is no message; the log gets one line a minute about them."""
@@ -154,6 +172,7 @@ class Stats:
 
     def digest(self) -> None:
         """Log what was held back and is due, and end the conditions that are over; to be called each second."""
+        self.say_registered()
         now = self._clock()
         if self._useless and now - self._said["dropped"] >= DIGEST_S:
             self._say_useless()

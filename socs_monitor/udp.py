@@ -22,10 +22,12 @@ BUFFER = 32 * 1024 * 1024
 # Datagrams read before the reactor turns to other things. Twisted counts bytes, and so empty ones not at all.
 _AT_A_TIME = 256
 
-# After a read the socket is left alone for so long (seconds): what comes meanwhile gathers in its buffer and shares
+# After a read the socket is left alone for a while (seconds): what comes meanwhile gathers in its buffer and shares
 # the cost of a reading, of a commit to the spool and of one to the database, which is that of many messages. One
-# that comes alone is read at once. Where the kernel granted little, it is as long as a flood takes to fill that.
-GATHER_S = 0.03
+# that comes alone is read at once, and the next one soon after. Where the kernel granted little, it is at most as
+# long as a flood takes to fill that.
+GATHER_S = 0.045
+ALONE_S = 0.01
 _FLOOD = 400e6  # bytes a second, with the kernel's own book-keeping
 
 # What the smallest datagram takes in the buffer (bytes), of which there is twice what is asked for.
@@ -97,7 +99,7 @@ class Receiver(udp.Port):
     def doRead(self) -> None:
         """Read what has arrived, up to a number of datagrams."""
         try:
-            more = self._read(_AT_A_TIME)
+            count = self._read(_AT_A_TIME)
         except OSError as error:
             text = f"the UDP port {self._realPortNumber} failed: {error}; binding it again"
             self._report("warn", "socket", text, port=self._realPortNumber)
@@ -108,14 +110,17 @@ class Receiver(udp.Port):
             self.stopReading()  # type: ignore[no-untyped-call]
             self.socket.close()
             self._rebind()
-        else:
-            if not more:
-                self.stopReading()  # type: ignore[no-untyped-call]
-                self.reactor.callLater(min(GATHER_S, self.buffer / _FLOOD), self._resume)
-
-    def _resume(self) -> None:
-        if self.connected:
+            return
+        if 0 < count < _AT_A_TIME:
+            self.stopReading()  # type: ignore[no-untyped-call]
+            pause = ALONE_S if count == 1 else GATHER_S
+            self.reactor.callLater(min(pause, self.buffer / _FLOOD), self._read_on)
+        else:  # there may be more, or nothing came for a while: whatever comes is to be read at once
             self.startReading()  # type: ignore[no-untyped-call]
+
+    def _read_on(self) -> None:
+        if self.connected:
+            self.doRead()
 
     def connectionLost(self, reason: object = None) -> None:
         """Close the port, but not before what has arrived is read."""
@@ -151,27 +156,27 @@ class Receiver(udp.Port):
         """Read all that has arrived, if the port is open; of a flood no more than its buffer holds."""
         with contextlib.suppress(OSError):
             for _ in range(2 * self.buffer // _SMALLEST // _AT_A_TIME + 1):
-                if not (self.connected and self._read(_AT_A_TIME)):
+                if not self.connected or self._read(_AT_A_TIME) < _AT_A_TIME:
                     break
 
-    def _read(self, at_most: int) -> bool:
-        """Read up to `at_most` datagrams; return whether there may be more."""
+    def _read(self, at_most: int) -> int:
+        """Read up to `at_most` datagrams; return how many there were."""
         try:
             return self._deliver(at_most)
         finally:
             self._after_read()
 
-    def _deliver(self, at_most: int) -> bool:
+    def _deliver(self, at_most: int) -> int:
         receive, deliver = self.socket.recvfrom, self.protocol.datagramReceived
-        for _ in range(at_most):
+        for count in range(at_most):
             try:
                 data, addr = receive(MAX_DATAGRAM)
             except (BlockingIOError, InterruptedError, ConnectionRefusedError):
-                return False
+                return count
             try:
                 deliver(data, addr[:2])
             except Exception:  # noqa: BLE001 (Twisted would close the port, and nobody would notice)
                 text = f"unforeseen error at a datagram from {addr[0]}, which is dropped; please report it"
                 sender = f"{addr[0]}:{addr[1]}"
                 self._report("error", "unforeseen", text, sender=sender, traceback=traceback.format_exc())
-        return True
+        return at_most

@@ -161,6 +161,21 @@ def test_what_is_as_it_should_be_is_no_problem(stats: Bench) -> None:
     assert shown(stats)["problems"] == []
 
 
+def test_files_that_follow_each_other_fast_share_a_line_a_second(stats: Bench) -> None:
+    for number in range(20):
+        stats.registered(40, [], f"/data/{number}")
+        stats.clock.advance(0.125)
+    assert stats.lines == [
+        "registered 40 files | event=registered files=40 path=/data/0",
+        "registered 320 files | event=registered files=320 path=/data/8",
+        "registered 320 files | event=registered files=320 path=/data/16",
+    ]
+
+    for _ in range(2):
+        stats.digest()
+    assert stats.said[3:] == [("info", "registered 120 files")]
+
+
 def test_useless_datagrams_are_one_line_a_minute_with_reasons_and_senders(stats: Bench) -> None:
     for number in range(1000):
         stats.useless("not JSON" if number % 3 else "empty", f"10.0.0.{number % 2}")
