@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,12 +53,12 @@ class StreamActivity:
         now = self._clock()
         today = int(now // _DAY_S)
         with self._lock:
-            for publisher in publishers:
+            for publisher, files in Counter(publishers).items():
                 stream = self._of(stream_of(publisher))
                 if stream.day != today:
                     stream.day, stream.files_today = today, 0
-                stream.files_today += 1
-                stream.files += 1
+                stream.files_today += files
+                stream.files += files
                 stream.last_file = now
 
     def metadata(self, stream_id: str) -> None:
