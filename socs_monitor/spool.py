@@ -132,7 +132,7 @@ class Spool:
         self.path = path
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._unsynced = threading.Event()
+        self._unsynced = False
         self._lock_file = spoolfile.take_lock(path)
         try:
             self._db = spoolfile.open_or_begin(path, report)
@@ -292,12 +292,12 @@ class Spool:
         Raises:
             SpoolError: If the disk refused.
         """
-        if self._unsynced.is_set():
-            self._unsynced.clear()
+        if self._unsynced:
+            self._unsynced = False
             try:
                 self._syncer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             except sqlite3.Error as error:
-                self._unsynced.set()
+                self._unsynced = True
                 raise SpoolError(f"cannot sync the spool {self.path}: {error}") from error
 
     @property
@@ -347,7 +347,7 @@ class Spool:
                     db.execute("ROLLBACK")
                 raise
             self._count(self._changes)
-            self._unsynced.set()
+            self._unsynced = True
 
     def _count(self, changes: Mapping[str, int]) -> None:
         counts = self._counts.copy()

@@ -56,6 +56,7 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
         assert "another process holds the write lock" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
         assert chain.counts() == {"received": 5, "settling": 1, "pending": 4}
     chain.step()
+    clock.advance(1)
     chain.step()
 
     assert chain.sums() == {f"{number}.dat": md5(b"%d" % number) for number in range(5)}
