@@ -220,9 +220,15 @@ class Registrar:
         for entry in changed:
             self._stats.repeated("info", "changed", f"{_CHANGED}, hashing it again", path=entry.path)
         if settled:
-            self._owe(self._spool.settle, settled)
+            self._owe(self._settle, settled)
         if changed:
             self._owe(self._take_up, ([entry.id for entry in changed], _CHANGED))
+
+    def _settle(self, ids: list[int]) -> None:
+        """Let the spool forget registrations whose rows are on the disk: a power cut takes what is not."""
+        self._database.sync()
+        self._stats.cured("database", "the database can be written again")
+        self._spool.settle(ids)
 
     def _take_up(self, ids_and_reason: tuple[list[int], str]) -> None:
         """Register files that were registered before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import subprocess
@@ -62,6 +63,36 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
     assert chain.sums() == {f"{number}.dat": md5(b"%d" % number) for number in range(5)}
     assert not chain.stats.degraded
     assert [level for level, _ in chain.said[said:]] == ["error", "info", "info", "info"], chain.said[said:]
+
+
+def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fdatasync
+    held: list[dict[str, int]] = []
+
+    def synced(journal: int) -> None:
+        assert os.path.samestat(os.fstat(journal), os.stat(f"{chain.db_path}-wal"))
+        held.append(chain.counts())
+        if len(held) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(journal)
+
+    monkeypatch.setattr(os, "fdatasync", synced)
+    chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    chain.step()
+    assert not held, "a commit waits for no disk"
+    clock.advance(SETTLE_S + 0.5)
+    chain.step()
+    reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
+    assert "cannot be synced: [Errno 5] Input/output error; the disk fails or is full" in reason
+    clock.advance(2)
+    chain.step()
+
+    assert held == [{"received": 1, "settling": 1}] * 2
+    assert chain.counts() == {"received": 1, "settled": 1}
+    assert not chain.stats.degraded
 
 
 def test_a_locked_database_is_tried_every_one_to_two_seconds(
