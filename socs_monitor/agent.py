@@ -309,7 +309,8 @@ class PysmurfMonitor(DatagramProtocol):
             if session is not self._ended:  # a stop that comes too late is not for the next run
                 self.running = False
                 self._registrar.stop()
-        session.set_status("stopping")
+        if session.status != "starting":  # OCS is yet to say that it is running, and allows no way back
+            session.set_status("stopping")
         return True, "Done monitoring."
 
     def _each(self, seconds: float, work: Callable[[], None]) -> None:

@@ -284,6 +284,17 @@ def test_a_stop_that_comes_when_run_has_just_ended_is_not_for_the_next_run(
     assert not thread.is_alive()
 
 
+def test_a_stop_that_comes_while_run_is_starting_ends_it_and_leaves_its_status_to_ocs(monitor: PysmurfMonitor) -> None:
+    session = MagicMock(status="starting")
+    assert monitor._stop(session)[0]
+    thread = threading.Thread(target=monitor.run, args=(session, {}))
+    thread.start()
+    thread.join(5)
+
+    assert not thread.is_alive()
+    session.set_status.assert_not_called()
+
+
 def test_a_stop_between_the_last_work_and_the_end_is_not_for_the_next_run(
     monitor: PysmurfMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
