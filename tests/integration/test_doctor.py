@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.harness import Agent
-from tests.integration.test_cli import command, site
+from tests.harness import OWN_BIN, Agent
+from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, wait_registered
 from tests.integration.test_status import elsewhere, without_router
 
@@ -231,6 +231,19 @@ def test_a_spool_in_memory_is_a_warning(stopped: Agent) -> None:
 def test_a_disk_that_the_spool_may_fill_is_a_warning(stopped: Agent) -> None:
     change(stopped, ("--spool-size", 1 << 60))
     assert "--spool-size" in diagnosis(*site(stopped))["warning", "spool's disk"]
+
+
+@as_root
+def test_a_disk_that_is_mounted_read_only_is_a_failure(stopped: Agent) -> None:
+    folder = stopped.db_path.parent
+    mount = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    words = ["sh", "-ec", mount, folder, OWN_BIN / "socs-monitor", "doctor", *site(stopped)]
+    done = run("unshare", "--mount", *words, env={"COLUMNS": "400"})
+
+    assert done.returncode == FAILED, done.stderr
+    for what in ("database", "spool"):
+        assert re.search(rf"failure +{what} +{folder} is on a read-only file system", done.stdout), done.stdout
+    assert "see dmesg; remount it" in done.stdout
 
 
 def test_nothing_is_changed(stopped: Agent) -> None:
