@@ -45,18 +45,22 @@ def small_files(folder: Path, count: int) -> list[Message]:
 
 
 def large_files(folder: Path, count: int, size: int) -> list[Path]:
-    """Sparse files of `size` bytes, read once, so that all that read them later find them in the page cache."""
+    """Sparse files of `size` bytes."""
     folder.mkdir(parents=True)
     files = [folder / f"{number}.g3" for number in range(count)]
     for number, path in enumerate(files):
         with open(path, "wb") as file:
             file.write(b"%016x" % number)
             file.truncate(size)
+    return files
+
+
+def have_cached(files: Sequence[Path]) -> None:
+    """Read files, so that all that read them next find them in the page cache."""
     for path in files:
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
-    return files
 
 
 def announce_links(files: Sequence[Path], folder: Path) -> list[Message]:
