@@ -281,11 +281,8 @@ class Database:
             DatabaseUnavailableError: If the disk refused.
         """
         try:
-            journal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(journal)
-            finally:
-                os.close(journal)
+            with open(f"{self.path}-wal", "rb") as journal:
+                os.fdatasync(journal.fileno())
         except FileNotFoundError:  # who closed it had it all written to the file itself, and synced
             pass
         except OSError as error:
