@@ -27,25 +27,19 @@ class StoppedError(Exception):
     """Hashing was given up because the process stops."""
 
 
-class Fingerprint(NamedTuple):
-    """What tells that a file changed. `size` is in bytes, `mtime` in nanoseconds of unix time."""
-
-    device: int
-    inode: int
-    size: int
-    mtime: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Fingerprint:
-        """Take it from the result of a stat."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 class Checksum(NamedTuple):
-    """A file's MD5 sum (hexadecimal), with its fingerprint from before it was read."""
+    """A file's MD5 sum (hexadecimal), with its `fingerprint` from before it was read."""
 
     md5: str
-    fingerprint: Fingerprint
+    fingerprint: int
+
+
+def fingerprint(status: os.stat_result) -> int:
+    """What tells that a file changed: a hash of where it is, its size and its mtime.
+
+    There are tens of thousands of these under load, and the figures themselves would be half of their memory.
+    """
+    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
@@ -136,7 +130,7 @@ def checksum(
             # one byte more than there should be: getting fewer tells that this was all
             content = os.read(file, size + 1)
             if len(content) <= size:
-                return Checksum(hashlib.md5(content, usedforsecurity=False).hexdigest(), Fingerprint.of(status))
+                return Checksum(hashlib.md5(content, usedforsecurity=False).hexdigest(), fingerprint(status))
             os.lseek(file, 0, os.SEEK_SET)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         digest = hashlib.md5(usedforsecurity=False)
@@ -144,6 +138,6 @@ def checksum(
             digest.update(chunk)
             if stopped():
                 raise StoppedError(path)
-        return Checksum(digest.hexdigest(), Fingerprint.of(status))
+        return Checksum(digest.hexdigest(), fingerprint(status))
     finally:
         os.close(file)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from socs_monitor import archive
 from socs_monitor.archive import ArchiveError
-from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum
+from socs_monitor.checksum import FileRefusedError, StoppedError, checksum
 from socs_monitor.messages import brief
 from socs_monitor.spool import Failure, Registration
-from socs_monitor.suprsync import Database, DatabaseUnavailableError
+from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
 
 # Files up to this size (bytes) are hashed at once, in turn; larger ones by `hashers`, so that no small one waits.
 SMALL = 128 * 1024
@@ -44,8 +44,8 @@ class Hashed(NamedTuple):
     """A registration whose file was found and hashed."""
 
     registration: Registration
-    entry: archive.Entry
-    checksum: Checksum
+    file: HashedFile
+    fingerprint: int
 
 
 def retry_delay(attempts: int, give_up_after: float) -> float | None:
@@ -66,7 +66,7 @@ def look(
             except (FileNotFoundError, NotADirectoryError) as error:
                 missing = missing or error
             else:
-                return Hashed(registration, entry, found) if found else None
+                return Hashed(registration, HashedFile(entry, found.md5), found.fingerprint) if found else None
     except (ArchiveError, FileRefusedError) as error:
         return Failure(registration, brief(str(error)), refused=True)
     except OSError as error:

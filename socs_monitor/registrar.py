@@ -23,7 +23,7 @@ from socs_monitor.settling import Settling
 from socs_monitor.spool import MAX_DEAD, Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import GIVEN_UP_S, Stats
-from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile, RowRefusedError
+from socs_monitor.suprsync import Database, DatabaseUnavailableError, RowRefusedError
 
 # What the hashers did is written at such intervals (seconds), and when they are done: a commit for each is dear.
 _COLLECT_EVERY_S = 0.03
@@ -319,7 +319,7 @@ class Registrar:
         batch = self._unwritten[0]
         begin = time.perf_counter()
         try:
-            self._database.register([HashedFile(hashed.entry, hashed.checksum.md5) for hashed in batch])
+            self._database.register([hashed.file for hashed in batch])
         except RowRefusedError as error:
             self._unwritten.popleft()
             if len(batch) == 1:
@@ -336,15 +336,15 @@ class Registrar:
         first = [
             hashed.registration["pub_id"] for hashed in batch if not self._settling.had_changed(hashed.registration.id)
         ]
-        self._stats.registered(len(batch), first, batch[-1].entry.local_path)
+        self._stats.registered(len(batch), first, batch[-1].file.entry.local_path)
         registrations = [hashed.registration for hashed in batch]
         self._spool.registered(registrations)
         self._intake.done(registrations)
         if self._debug is not None:
-            for registration, entry, found in batch:
+            for registration, (entry, md5), _ in batch:
                 where = {"path": entry.local_path, "archive": entry.archive_name, "remote": entry.remote_path}
                 self._debug(
-                    events.line("registered", "registered", {"id": registration["pub_id"], **where, "md5": found.md5})
+                    events.line("registered", "registered", {"id": registration["pub_id"], **where, "md5": md5})
                 )
         if self._database.identity != self._database_identity:
             # another file than before: what was committed to that one is not in this one

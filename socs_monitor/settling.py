@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from socs_monitor.checksum import Fingerprint
+from socs_monitor.checksum import fingerprint
 from socs_monitor.finder import Hashed
 
 # A file that changes again and again is registered again ever more rarely, at the longest after this (seconds).
@@ -23,10 +23,7 @@ _LOOK_EVERY_S = 0.5
 
 
 class Registered(NamedTuple):
-    """A registration's key in the spool, its file, and a hash of the fingerprint from when that was hashed.
-
-    There are tens of thousands of these under load: the fingerprint itself would be half of their memory.
-    """
+    """A registration's key in the spool, its file, and the fingerprint from when that was hashed."""
 
     id: int
     path: str
@@ -54,7 +51,7 @@ class Settling:
     def add(self, batch: Sequence[Hashed], now: float) -> None:
         """Take a batch whose rows were committed just `now` (unix time)."""
         due = now + max(self._delays.get(hashed.registration.id, self._settle_after) for hashed in batch)
-        entries = [Registered(r.id, entry.local_path, hash(found.fingerprint)) for r, entry, found in batch]
+        entries = [Registered(r.id, file.entry.local_path, seen) for r, file, seen in batch]
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
 
     def had_changed(self, id_: int) -> bool:
@@ -90,6 +87,6 @@ class Settling:
 
 def _fingerprint(entry: Registered) -> int:
     try:
-        return hash(Fingerprint.of(os.stat(entry.path)))
+        return fingerprint(os.stat(entry.path))
     except OSError:  # its row is there, and a file that is gone has nothing to add
         return entry.fingerprint

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.checksum import Checksum, FileRefusedError, Fingerprint, StoppedError, checksum
+from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum, fingerprint
 from tests.chain import md5, write_file
 
 MEGABYTE = 1 << 20
@@ -24,15 +24,15 @@ def test_the_sum_is_that_of_the_whole_file(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     write_file(path, content)
 
-    assert checksum(str(path)) == Checksum(hashlib.md5(content).hexdigest(), Fingerprint.of(path.stat()))
+    assert checksum(str(path)) == Checksum(hashlib.md5(content).hexdigest(), fingerprint(path.stat()))
 
 
 @pytest.mark.parametrize("change", ["size", "mtime", "inode"])
 def test_a_fingerprint_tells_a_change(tmp_path: Path, change: str) -> None:
     path = tmp_path / "file"
     write_file(path, b"content")
-    before, times = Fingerprint.of(path.stat()), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    assert Fingerprint.of(path.stat()) == before
+    before, times = fingerprint(path.stat()), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    assert fingerprint(path.stat()) == before
     if change == "size":
         path.write_bytes(b"content and more")
         os.utime(path, ns=times)
@@ -43,7 +43,7 @@ def test_a_fingerprint_tells_a_change(tmp_path: Path, change: str) -> None:
         os.utime(tmp_path / "other", ns=times)
         os.rename(tmp_path / "other", path)
 
-    assert Fingerprint.of(path.stat()) != before
+    assert fingerprint(path.stat()) != before
 
 
 def test_a_file_above_a_size_is_left_alone(tmp_path: Path) -> None:
