@@ -21,8 +21,10 @@ _NAME_MAX = 255
 # SupRsync reads a copy's sum off md5sum's output by white space, and md5sum escapes these others: a row with
 # one of them can never be verified, and holds back `finalized_until` for ever (contract).
 _UNVERIFIABLE = re.compile(r"[\s\\\x00-\x1f\x7f]")
-# What passes all of `_check_component` at once, as nearly every path does: no part begins with a dot or is long.
-_SAFE_PATH = re.compile(r"(?:[^\s/.\\\x00-\x1f\x7f][^\s/\\\x00-\x1f\x7f]{0,63}(?:/(?!$)|$))+")
+# What passes all of `_check_component` at once, as nearly every path does: parts of printable ASCII without a
+# backslash, none of which begins with a dot or is long.
+_PART = r"[!-\-0-[\]-~][!-.0-[\]-~]{0,63}"
+_SAFE_PATH = re.compile(f"(?:{_PART}/)*{_PART}")
 # Files that stay on the server though they lie in a dated folder.
 _SEMI_PERMANENT = ("iv", "channel_assignment", "tune")
 
@@ -60,7 +62,11 @@ def create_remote_path(meta: Meta, archive_name: str) -> str:
     Raises:
         ArchiveError: If the archive is unknown, or a part of the path would not be one safe component.
     """
-    path = meta["path"]
+    return _remote_path(meta, archive_name, meta["path"])
+
+
+def _remote_path(meta: Meta, archive_name: str, path: str) -> str:
+    name = path.rpartition("/")[2]
     if archive_name == SMURF:
         action, action_ts = meta.get("action"), meta.get("action_ts")
         if action in (".", "..") or action_ts in (".", ".."):
@@ -72,10 +78,10 @@ def create_remote_path(meta: Meta, archive_name: str) -> str:
             meta["pub_id"],
             f"{action_ts}_{action}",
             "plots" if meta.get("plot") else "outputs",
-            os.path.basename(path),
+            name,
         ]
     elif archive_name == TIMESTREAMS:
-        _check_component(os.path.basename(path))  # which normpath would hide
+        _check_component(name)  # which normpath would hide
         parts = os.path.normpath(path).split("/")[-3:]
         if len(parts) < 3:
             raise ArchiveError(f"timestream path {path!r} has fewer than three components")
@@ -105,7 +111,7 @@ def is_deletable(local_path: str, archive_name: str) -> bool:
     """
     if archive_name != SMURF:
         return True
-    components = local_path.split("/")
+    components = local_path.split("/", 4)
     dated = len(components) > 3 and components[3].isascii() and components[3].isdigit()
     return dated and not any(key in local_path for key in _SEMI_PERMANENT)
 
@@ -126,5 +132,5 @@ def candidates(meta: Meta) -> Iterator[Entry]:
     if archive_name == SMURF and not path.endswith(_NPY):
         paths.insert(0 if meta.get("format") in ("npy", "npyt") else 1, path + _NPY)
     for local_path in paths:
-        remote_path = create_remote_path({**meta, "path": local_path}, archive_name)
+        remote_path = _remote_path(meta, archive_name, local_path)
         yield Entry(archive_name, local_path, remote_path, is_deletable(local_path, archive_name))

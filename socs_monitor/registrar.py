@@ -333,11 +333,10 @@ class Registrar:
         crashpoint.reach("committed")
         self._unwritten.popleft()
         self._stats.cured("database", "the database can be written again")
-        first = [
-            hashed.registration["pub_id"] for hashed in batch if not self._settling.had_changed(hashed.registration.id)
-        ]
-        self._stats.registered(len(batch), first, batch[-1].file.entry.local_path)
         registrations = [hashed.registration for hashed in batch]
+        changed = self._settling.changed
+        first = [registration["pub_id"] for registration in registrations if registration.id not in changed]
+        self._stats.registered(len(batch), first, batch[-1].file.entry.local_path)
         self._spool.registered(registrations)
         self._intake.done(registrations)
         if self._debug is not None:

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from socs_monitor.checksum import fingerprint
@@ -50,13 +50,15 @@ class Settling:
 
     def add(self, batch: Sequence[Hashed], now: float) -> None:
         """Take a batch whose rows were committed just `now` (unix time)."""
-        due = now + max(self._delays.get(hashed.registration.id, self._settle_after) for hashed in batch)
+        delays = [self._delays[hashed.registration.id] for hashed in batch if hashed.registration.id in self._delays]
+        due = now + max(delays, default=self._settle_after)
         entries = [Registered(r.id, file.entry.local_path, seen) for r, file, seen in batch]
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
 
-    def had_changed(self, id_: int) -> bool:
-        """Whether the file of registration `id_` had changed after it was registered."""
-        return id_ in self._delays
+    @property
+    def changed(self) -> Container[int]:
+        """The ids of registrations whose files had changed after they were registered."""
+        return self._delays
 
     def look(self, now: float) -> tuple[list[int], list[Registered]]:
         """Look at all files that are due.
@@ -67,12 +69,17 @@ class Settling:
         settled: list[int] = []
         changed: list[Registered] = []
         for entry in self._take(now):
-            if entry.fingerprint == _fingerprint(entry):
-                self._delays.pop(entry.id, None)
-                settled.append(entry.id)
+            id_, path, before = entry
+            try:
+                after = fingerprint(os.stat(path))
+            except OSError:  # its row is there, and a file that is gone has nothing to add
+                after = before
+            if after == before:
+                self._delays.pop(id_, None)
+                settled.append(id_)
             else:
-                delay = self._delays.get(entry.id, self._settle_after)
-                self._delays[entry.id] = min(2 * delay, SETTLE_MAX_S)
+                delay = self._delays.get(id_, self._settle_after)
+                self._delays[id_] = min(2 * delay, SETTLE_MAX_S)
                 changed.append(entry)
         return settled, changed
 
@@ -83,10 +90,3 @@ class Settling:
     def _take(self, until: float) -> Iterator[Registered]:
         while self._batches and self._batches[0][0] <= until:
             yield from heapq.heappop(self._batches)[2]
-
-
-def _fingerprint(entry: Registered) -> int:
-    try:
-        return fingerprint(os.stat(entry.path))
-    except OSError:  # its row is there, and a file that is gone has nothing to add
-        return entry.fingerprint

@@ -17,7 +17,6 @@ import itertools
 import json
 import sqlite3
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ STATES = (PENDING, WAITING, SETTLING, DEAD)
 SETTLED = "settled"
 DISCARDED = "discarded"
 RECEIVED = "received"
+_COUNTED = (*STATES, SETTLED, DISCARDED, RECEIVED)
 
 # A dead letter is for a person to read; more than these nobody reads, and a hostile sender can make any number.
 MAX_DEAD = 10_000
@@ -75,7 +75,7 @@ class Registration(dict[str, Any]):
     __slots__ = ("attempts", "id", "received", "state")
 
     def __init__(self, meta: dict[str, Any], id: int, received: float, attempts: int, state: str) -> None:  # noqa: A002
-        super().__init__(meta)
+        self.update(meta)
         self.id = id
         self.received = received
         self.attempts = attempts
@@ -137,8 +137,8 @@ class Spool:
         try:
             self._db = spoolfile.open_or_begin(path, report)
             self._syncer = spoolfile.connect(path)
-            self._counts = Counter(dict(self._db.execute(_BY_STATE)))
-            self._counts[RECEIVED] = self._counts.total()
+            states = dict(self._db.execute(_BY_STATE))
+            self._counts = dict.fromkeys(_COUNTED, 0) | states | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
             self._lock_file.close()
             raise SpoolError(f"cannot open the spool {path}: {error}") from error
@@ -151,7 +151,7 @@ class Spool:
             self._lock_file.close()
 
     @property
-    def counts(self) -> Counter[str]:
+    def counts(self) -> Mapping[str, int]:
         """How many registrations are where, consistent at any moment.
 
         `RECEIVED` counts all since the start, those then found in the spool included; it equals the sum of the
@@ -167,7 +167,7 @@ class Spool:
             SpoolError: If they could not be written.
         """
         with self._writing() as db:
-            if spoolfile.used_bytes(db) > self.max_bytes and self._make_room(db) > self.max_bytes:
+            if spoolfile.file_bytes(db) > self.max_bytes and not self._has_room(db):
                 raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
             whole = len(batch) - len(batch) % _ROWS
             for start in range(0, whole, _ROWS):
@@ -198,9 +198,7 @@ class Spool:
         changes nothing.
         """
         with self._lock:
-            changes = Counter({SETTLING: len(registrations)})
-            changes.subtract(registration.state for registration in registrations)
-            self._count(changes)
+            self._count(_changes(registrations, SETTLING))
         for registration in registrations:
             registration.state = SETTLING
         crashpoint.reach("settling")
@@ -306,11 +304,12 @@ class Spool:
         with self._reading() as db:
             return spoolfile.used_bytes(db)
 
-    def _make_room(self, db: sqlite3.Connection) -> int:
-        """Drop refused registrations, and return the size then: anybody can send those."""
-        dropped = db.execute("DELETE FROM registrations WHERE state = 'dead' AND refused = 1").rowcount
-        self._changes.update({DEAD: -dropped, DISCARDED: dropped})
-        return spoolfile.used_bytes(db)
+    def _has_room(self, db: sqlite3.Connection) -> bool:
+        """Look what is free in a large file, and make some by dropping refused registrations: anybody can send those."""
+        if spoolfile.used_bytes(db) > self.max_bytes:
+            dropped = db.execute("DELETE FROM registrations WHERE state = 'dead' AND refused = 1").rowcount
+            self._changes.update({DEAD: -dropped, DISCARDED: dropped})
+        return spoolfile.used_bytes(db) <= self.max_bytes
 
     def _drop(self, statement: str, *parameters: object) -> int:
         with self._writing() as db:
@@ -329,15 +328,14 @@ class Spool:
     def _moving(self, registrations: Sequence[Registration], state: str) -> Iterator[sqlite3.Connection]:
         with self._writing() as db:
             yield db
-            self._changes.subtract(registration.state for registration in registrations)
-            self._changes[state] += len(registrations)
+            self._changes = _changes(registrations, state)
         for registration in registrations:
             registration.state = state
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._reading() as db:
-            self._changes: Counter[str] = Counter()
+            self._changes: dict[str, int] = {}
             try:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
@@ -350,9 +348,7 @@ class Spool:
             self._unsynced = True
 
     def _count(self, changes: Mapping[str, int]) -> None:
-        counts = self._counts.copy()
-        counts.update(changes)
-        self._counts = counts
+        self._counts = {state: number + changes.get(state, 0) for state, number in self._counts.items()}
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -361,6 +357,15 @@ class Spool:
                 yield self._db
             except sqlite3.Error as error:
                 raise SpoolError(f"cannot use the spool {self.path}: {error}") from error
+
+
+def _changes(registrations: Sequence[Registration], state: str) -> dict[str, int]:
+    """How the counts change when registrations come into a state."""
+    changes = dict.fromkeys(_COUNTED, 0)
+    for registration in registrations:
+        changes[registration.state] -= 1
+    changes[state] += len(registrations)
+    return changes
 
 
 def _ids(registrations: Iterable[Registration]) -> str:

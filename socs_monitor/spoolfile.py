@@ -34,7 +34,9 @@ VERSION = 1
 PENDING = "pending"
 DEAD = "dead"
 
-# The journal's size (pages of 4 KiB) at which accepting itself moves it to the file: a backstop, since under a
+_PAGE = 4096  # bytes, SQLite's default
+
+# The journal's size (pages) at which accepting itself moves it to the file: a backstop, since under a
 # load that never pauses the checkpoints of `sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
 
@@ -114,6 +116,7 @@ def is_locked(path: str) -> bool:
 def connect(path: str) -> sqlite3.Connection:
     """Return a connection as the spool needs it; raises `sqlite3.Error`."""
     db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    db.execute(f"PRAGMA page_size = {_PAGE}")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {_JOURNAL_PAGES}")
@@ -138,12 +141,16 @@ def _open_checked(path: str) -> sqlite3.Connection:
     return db
 
 
+def file_bytes(connection: sqlite3.Connection) -> int:
+    """Size of the spool's file."""
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    return int(pages) * _PAGE
+
+
 def used_bytes(connection: sqlite3.Connection) -> int:
     """Size of what is in the spool, without what is free in its file."""
-    pages, free, size = (
-        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * size)
+    (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return file_bytes(connection) - int(free) * _PAGE
 
 
 def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connection:

@@ -7,11 +7,10 @@ either agent and SupRsync work on the same file. A registration is idempotent; `
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -27,7 +26,6 @@ from sqlalchemy import (
     String,
     bindparam,
     create_engine,
-    func,
     insert,
     inspect,
     select,
@@ -158,10 +156,9 @@ _INSERT = _sql(
 _UPDATE = update(_TABLE).where(_TABLE.c.id == bindparam("row"))
 _RESET = _sql(_UPDATE, "local_md5sum", "timestamp", "remote_md5sum", "copied", "removed", "failed_copy_attempts")
 _RETAKE = _sql(_UPDATE, "local_md5sum", "failed_copy_attempts")
-_PATHS = select(func.json_each(bindparam("paths")).table_valued("value").c.value)  # one parameter however many
-_SELECT = _sql(
-    select(*(_TABLE.c[name] for name in Row._fields)).where(_TABLE.c.local_path.in_(_PATHS)).order_by(_TABLE.c.id)
-)
+_PATHS = 50  # looked up by a statement, since each lets other threads have the interpreter
+_ANY_PATH = _TABLE.c.local_path.in_([bindparam(f"path{number}") for number in range(_PATHS)])
+_SELECT = _sql(select(*(_TABLE.c[name] for name in Row._fields)).where(_ANY_PATH).order_by(_TABLE.c.id))
 
 
 def merge(rows: Sequence[Row], file: HashedFile) -> tuple[list[int], int | None, bool]:
@@ -246,8 +243,8 @@ class Database:
             db = self._connection()
             db.execute("BEGIN IMMEDIATE")
             try:
-                for round_ in _rounds(files):
-                    self._write(db, round_)
+                for by_path in _rounds(files):
+                    self._write(db, by_path)
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
@@ -256,12 +253,12 @@ class Database:
             if _identity(self.path) != self.identity:
                 raise DatabaseUnavailableError(f"the database {self.path} was replaced while it was written")
 
-    def _write(self, db: sqlite3.Connection, files: Sequence[HashedFile]) -> None:
-        known = _rows_by_path(db, [file.entry.local_path for file in files])
+    def _write(self, db: sqlite3.Connection, files: Mapping[str, HashedFile]) -> None:
+        known = _rows_by_path(db, files)
         # the contract's time of a row is when it is added: taken under the write lock, next to the commit
         now = self._clock()
         new: list[tuple[object, ...]] = []
-        for file in files:
+        for file in files.values():
             (archive_name, local_path, remote_path, deletable), md5 = file
             rows = known.get(local_path)
             retaken, reset, inserted = merge(rows, file) if rows else ((), None, True)
@@ -383,18 +380,19 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 def _rows_by_path(db: sqlite3.Connection, paths: Iterable[str]) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for found in db.execute(_SELECT, (json.dumps(list(paths)),)):
-        row = Row._make(found)
-        rows.setdefault(row.local_path, []).append(row)
+    wanted = list(paths)
+    for start in range(0, len(wanted), _PATHS):
+        some = wanted[start : start + _PATHS]
+        for found in db.execute(_SELECT, some + [None] * (_PATHS - len(some))):
+            row = Row._make(found)
+            rows.setdefault(row.local_path, []).append(row)
     return rows
 
 
-def _rounds(files: Sequence[HashedFile]) -> Iterator[Sequence[HashedFile]]:
-    """Split off what names a path again, since it has to see the rows that the first one makes."""
+def _rounds(files: Sequence[HashedFile]) -> Iterator[Mapping[str, HashedFile]]:
+    """Yield files by path; what names a path again comes later, since it has to see the rows that the first makes."""
     while files:
-        first = {file.entry.local_path: file for file in reversed(files)}
-        if len(first) == len(files):
-            yield files
-            return
-        yield [file for file in files if first[file.entry.local_path] is file]
-        files = [file for file in files if first[file.entry.local_path] is not file]
+        by_path: dict[str, HashedFile] = {}
+        again = [file for file in files if by_path.setdefault(file.entry.local_path, file) is not file]
+        yield by_path
+        files = again
