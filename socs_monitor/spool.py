@@ -40,10 +40,11 @@ MAX_DEAD = 10_000
 MAX_BYTES = 1 << 30
 
 # Several rows a statement, since each statement lets other threads have the interpreter, and while the reactor is
-# busy it is milliseconds until it is given back; always as many, so that few statements are compiled.
-_ROWS = 50
-_ROW = "(?, ?, ?)"
-_ACCEPT = "INSERT INTO registrations (received, sender, message) VALUES "
+# busy it is milliseconds until it is given back; of few sizes, so that few statements are compiled.
+_ACCEPT = {
+    rows: "INSERT INTO registrations (received, sender, message) VALUES " + ", ".join(["(?, ?, ?)"] * rows)
+    for rows in (50, 15, 1)
+}
 
 _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 
@@ -169,12 +170,12 @@ class Spool:
         with self._writing() as db:
             if spoolfile.file_bytes(db) > self.max_bytes and not self._has_room(db):
                 raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
-            whole = len(batch) - len(batch) % _ROWS
-            for start in range(0, whole, _ROWS):
-                values = list(itertools.chain.from_iterable(batch[start : start + _ROWS]))
-                db.execute(_ACCEPT + ", ".join([_ROW] * _ROWS), values)
-            db.executemany(_ACCEPT + _ROW, batch[whole:])
-            (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
+            last = done = 0
+            for rows, statement in _ACCEPT.items():
+                while len(batch) - done >= rows:
+                    values = tuple(itertools.chain.from_iterable(batch[done : done + rows]))
+                    last = db.execute(statement, values).lastrowid or 0
+                    done += rows
             self._changes.update({PENDING: len(batch), RECEIVED: len(batch)})
         return list(range(last - len(batch) + 1, last + 1))
 
