@@ -128,9 +128,9 @@ def candidates(meta: Meta) -> Iterator[Entry]:
     if not path.startswith("/"):
         raise ArchiveError(f"path {path!r} is not absolute: only its sender knows where that is")
     archive_name = meta.get("archive_name", SMURF)
-    paths = [path]
+    paths: tuple[str, ...] = (path,)
     if archive_name == SMURF and not path.endswith(_NPY):
-        paths.insert(0 if meta.get("format") in ("npy", "npyt") else 1, path + _NPY)
+        paths = (path + _NPY, path) if meta.get("format") in ("npy", "npyt") else (path, path + _NPY)
     for local_path in paths:
         remote_path = _remote_path(meta, archive_name, local_path)
         yield Entry(archive_name, local_path, remote_path, is_deletable(local_path, archive_name))

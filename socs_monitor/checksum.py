@@ -18,6 +18,9 @@ from typing import NamedTuple
 # is noticed within milliseconds and the buffer stays in the processor's cache.
 _CHUNK = 1 << 20
 
+_FIND = os.O_PATH | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
 
 class FileRefusedError(Exception):
     """The path names something that is never opened: no regular file, or one outside of the data roots."""
@@ -44,9 +47,9 @@ def fingerprint(status: os.stat_result) -> int:
 
 def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
     try:
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        handle = os.open(path, _FIND)
     except OSError:
-        if roots and not _is_below(os.path.realpath(path), roots):
+        if roots and not os.path.realpath(path).startswith(_below(roots)):
             raise FileRefusedError(f"{path} is outside of the data roots {', '.join(roots)}") from None
         raise
     try:
@@ -55,12 +58,12 @@ def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int,
             raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
         name, descriptors = str(handle), _descriptors(os.getpid())
         target = os.readlink(name, dir_fd=descriptors)
-        if roots and not _is_below(target, roots):
+        if roots and not target.startswith(_below(roots)):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
         # closing a descriptor of a file that SQLite has open here would drop all of its locks (POSIX)
         if target.startswith(own) or (status.st_nlink > 1 and _is_one_of(status, own)):
             raise FileRefusedError(f"{path} is {target}, a file of the monitor's own databases")
-        return os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptors), status
+        return os.open(name, _READ, dir_fd=descriptors), status
     finally:
         os.close(handle)
 
@@ -76,12 +79,8 @@ def _descriptors(pid: int) -> int:
     return os.open(f"/proc/{pid}/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _is_below(path: str, roots: tuple[str, ...]) -> bool:
-    return path.startswith(_prefixes(roots))
-
-
 @functools.cache
-def _prefixes(roots: tuple[str, ...]) -> tuple[str, ...]:
+def _below(roots: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(root.rstrip("/") + "/" for root in roots)
 
 

@@ -10,13 +10,15 @@ consumer reads the rest from the spool (`Intake.take`), which is how it begins a
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
+import operator
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages
@@ -40,6 +42,8 @@ _IN_MEMORY = "What arrives is kept in memory until it works again, and refused w
 SPOOL_ADVICE = "See that there is room on its disk, and that this agent may write there"
 
 Meta = dict[str, Any]
+
+_id = operator.attrgetter("id")
 
 
 class Measure(NamedTuple):
@@ -72,7 +76,7 @@ class Intake:
         self._clock = clock
         # A deque and a bell, and no lock that the writer takes as well: under load it would hardly ever get it. The
         # bell is a SimpleQueue, which costs a fifth of what an Event does.
-        self._inbox: deque[tuple[Meta, Incoming]] = deque()
+        self._inbox: deque[tuple[Meta, Incoming, int]] = deque()  # the last are the bytes put up to then
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._putting = threading.Lock()
         self._bytes_put = 0
@@ -124,7 +128,7 @@ class Intake:
                 )
                 return
             self._bytes_put += len(incoming.message)
-            self._inbox.append((meta, incoming))
+            self._inbox.append((meta, incoming, self._bytes_put))
         if not self._threads:
             self.flush()
 
@@ -139,24 +143,25 @@ class Intake:
             while self._inbox:
                 batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
                 try:
-                    self._enqueue(self._accept(batch))
+                    metas, incoming, bytes_put = zip(*batch, strict=True)
+                    self._enqueue(self._accept(metas, incoming))
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
                     self._inbox.extendleft(reversed(batch))
                     self._stats.trouble("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
                     return False
-                self._bytes_written += sum(len(incoming.message) for _, incoming in batch)
+                self._bytes_written = bytes_put[-1]
                 self._stats.cured("spool", "the spool can be written again")
                 if not self.overloaded:
                     self._stats.cured("intake", "no registration is refused any more")
         return True
 
-    def _accept(self, batch: list[tuple[Meta, Incoming]]) -> list[Registration]:
+    def _accept(self, metas: Sequence[Meta], batch: Sequence[Incoming]) -> list[Registration]:
         crashpoint.reach("received")
-        ids = self._spool.accept([incoming for _, incoming in batch])
+        ids = self._spool.accept(batch)
         crashpoint.reach("spooled")
         return [
             Registration(meta, id_, incoming.received, 0, PENDING)
-            for id_, (meta, incoming) in zip(ids, batch, strict=True)
+            for meta, id_, incoming in zip(metas, ids, batch, strict=True)
         ]
 
     def _enqueue(self, registrations: list[Registration]) -> None:
@@ -164,7 +169,7 @@ class Intake:
             if self._beyond_queue or len(self._queue.queue) + len(registrations) > QUEUE_MAX:
                 self._beyond_queue = True
             else:  # the consumer may have been faster, and read some of these from the spool
-                self._queue.queue.extend(r for r in registrations if r.id > self._cursor)
+                self._queue.queue.extend(registrations[bisect.bisect(registrations, self._cursor, key=_id) :])
             self._queue.not_empty.notify()
         crashpoint.reach("queued")
 
@@ -200,10 +205,10 @@ class Intake:
                     self._beyond_queue = False
                 return registrations
             items = [self._queue.queue.popleft() for _ in range(min(BATCH, len(self._queue.queue)))]
-            registrations = [item for item in items if isinstance(item, Registration)]
+            foreign = [item for item in items if not isinstance(item, Registration)]
+            registrations = [item for item in items if isinstance(item, Registration)] if foreign else items
             if registrations:
                 self._hand_out(registrations)
-        foreign = [item for item in items if not isinstance(item, Registration)]
         if not foreign:
             return registrations
         try:
@@ -253,7 +258,7 @@ class Intake:
                 self._stats.repeated("warn", "refused", f"no registration on file_queue, dropped: {error}")
             else:
                 with self._flushing:  # what the writer has accepted before is on the queue before
-                    self._enqueue(self._accept([(metas[0], incoming)]))
+                    self._enqueue(self._accept(metas[:1], [incoming]))
             del metas[0]
 
     def wake(self) -> None:

@@ -243,21 +243,21 @@ class Registrar:
     def _hash(self) -> None:
         """Hash small files at once and have the hashers do the others; sort what came out."""
         results: list[Hashed | Failure] = []
+        stopped = self._stopping.is_set
         while self._work:
             registration = self._work.popleft()
-            found = look(registration, self._policy, SMALL, self._stopping.is_set)
+            found = look(registration, self._policy, SMALL, stopped)
             if found is not None:
                 results.append(found)
             else:
                 self._hashers.add(registration)
         results += self._hashers.take()
         hashed = [result for result in results if isinstance(result, Hashed)]
-        failures = [result for result in results if isinstance(result, Failure)]
         crashpoint.reach("hashed")
         if hashed:
             self._unwritten.append(hashed)
-        if failures:
-            self._sort(failures)
+        if len(hashed) < len(results):
+            self._sort([result for result in results if isinstance(result, Failure)])
 
     def _sort(self, failures: list[Failure]) -> None:
         """Let what failed wait, or bury it; what SupRsync has archived and removed meanwhile is done."""

@@ -50,9 +50,9 @@ class Settling:
 
     def add(self, batch: Sequence[Hashed], now: float) -> None:
         """Take a batch whose rows were committed just `now` (unix time)."""
-        delays = [self._delays[hashed.registration.id] for hashed in batch if hashed.registration.id in self._delays]
-        due = now + max(delays, default=self._settle_after)
         entries = [Registered(r.id, file.entry.local_path, seen) for r, file, seen in batch]
+        delays = [self._delays[entry.id] for entry in entries if entry.id in self._delays] if self._delays else ()
+        due = now + max(delays, default=self._settle_after)
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
 
     @property

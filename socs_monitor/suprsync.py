@@ -158,7 +158,7 @@ _RESET = _sql(_UPDATE, "local_md5sum", "timestamp", "remote_md5sum", "copied", "
 _RETAKE = _sql(_UPDATE, "local_md5sum", "failed_copy_attempts")
 _PATHS = 50  # looked up by a statement, since each lets other threads have the interpreter
 _ANY_PATH = _TABLE.c.local_path.in_([bindparam(f"path{number}") for number in range(_PATHS)])
-_SELECT = _sql(select(*(_TABLE.c[name] for name in Row._fields)).where(_ANY_PATH).order_by(_TABLE.c.id))
+_SELECT = _sql(select(*(_TABLE.c[name] for name in Row._fields)).where(_ANY_PATH))
 
 
 def merge(rows: Sequence[Row], file: HashedFile) -> tuple[list[int], int | None, bool]:
@@ -383,7 +383,7 @@ def _rows_by_path(db: sqlite3.Connection, paths: Iterable[str]) -> dict[str, lis
     wanted = list(paths)
     for start in range(0, len(wanted), _PATHS):
         some = wanted[start : start + _PATHS]
-        for found in db.execute(_SELECT, some + [None] * (_PATHS - len(some))):
+        for found in sorted(db.execute(_SELECT, some + [None] * (_PATHS - len(some)))):
             row = Row._make(found)
             rows.setdefault(row.local_path, []).append(row)
     return rows
