@@ -306,7 +306,7 @@ class Spool:
             return spoolfile.used_bytes(db)
 
     def _has_room(self, db: sqlite3.Connection) -> bool:
-        """Look what is free in a large file, and make some by dropping refused registrations: anybody can send those."""
+        """Look what is free in a large file; if too little, drop refused registrations: anybody can send those."""
         if spoolfile.used_bytes(db) > self.max_bytes:
             dropped = db.execute("DELETE FROM registrations WHERE state = 'dead' AND refused = 1").rowcount
             self._changes.update({DEAD: -dropped, DISCARDED: dropped})
@@ -329,7 +329,7 @@ class Spool:
     def _moving(self, registrations: Sequence[Registration], state: str) -> Iterator[sqlite3.Connection]:
         with self._writing() as db:
             yield db
-            self._changes = _changes(registrations, state)
+            self._changes.update(_changes(registrations, state))
         for registration in registrations:
             registration.state = state
 
