@@ -199,7 +199,7 @@ class Spool:
         changes nothing.
         """
         with self._lock:
-            self._count(_changes(registrations, SETTLING))
+            self._count(_moved(registrations, SETTLING))
         for registration in registrations:
             registration.state = SETTLING
         crashpoint.reach("settling")
@@ -329,7 +329,7 @@ class Spool:
     def _moving(self, registrations: Sequence[Registration], state: str) -> Iterator[sqlite3.Connection]:
         with self._writing() as db:
             yield db
-            self._changes.update(_changes(registrations, state))
+            self._changes.update(_moved(registrations, state))
         for registration in registrations:
             registration.state = state
 
@@ -360,7 +360,7 @@ class Spool:
                 raise SpoolError(f"cannot use the spool {self.path}: {error}") from error
 
 
-def _changes(registrations: Sequence[Registration], state: str) -> dict[str, int]:
+def _moved(registrations: Sequence[Registration], state: str) -> dict[str, int]:
     """How the counts change when registrations come into a state."""
     changes = dict.fromkeys(_COUNTED, 0)
     for registration in registrations:
