@@ -37,6 +37,17 @@ def test_a_file_that_grew_is_registered_again_ever_more_rarely_until_it_rests(ch
     assert (row["local_md5sum"], row["timestamp"]) == (sum_, clock.now - 60)
 
 
+def test_a_file_that_changes_is_one_file_of_its_stream(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    chain.step()
+    new = chain.write("a.dat", b"more content")
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.sums() == {"a.dat": new}
+    assert list(chain.stats.streams.files().values()) == [1]
+
+
 def test_one_that_vanishes_while_it_settles_keeps_its_row(chain: Chain, clock: Clock) -> None:
     sum_ = chain.write("a.dat", b"content")
     chain.accept("a.dat")

@@ -125,6 +125,16 @@ def test_paths_that_come_twice_in_a_batch_end_as_the_last_one_says(open_database
     assert len(rows(db_path)) == 4
 
 
+@pytest.mark.parametrize("known", [[0, 49], [49, 50], [100, 119]])
+def test_among_many_paths_each_that_is_known_is_found(open_database: Open, db_path: str, known: list[int]) -> None:
+    database = open_database()
+    database.register([file(OLD, path=f"/data/{number:03}") for number in known])
+    database.register([file(NEW, path=f"/data/{number:03}") for number in range(120)])
+
+    sums = sorted((row["local_path"], row["local_md5sum"]) for row in rows(db_path))
+    assert sums == [(f"/data/{number:03}", NEW) for number in range(120)]
+
+
 BATCHES = st.lists(
     st.lists(
         st.builds(
