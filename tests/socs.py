@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,13 @@ def suprsync(db_path: Path, archive: str, base: Path, *, delete_after: float = 1
 
 @contextmanager
 def server_root() -> Iterator[Path]:
-    """A scratch folder of two components: a dated folder in it is the third, as in ``/data/smurf_data/20240105``."""
-    with tempfile.TemporaryDirectory(prefix="socs-monitor-", dir="/tmp") as root:
-        yield Path(root)
+    """A scratch folder of two components: a dated folder in it is the third, as in ``/data/smurf_data/20240105``.
+
+    Its name is of digits: letters at random may spell "iv", and what has that in its path is never deleted.
+    """
+    root = Path("/tmp", f"socs-monitor-{time.time_ns()}")
+    root.mkdir()
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
