@@ -118,9 +118,11 @@ class InfluxDB(Process):
         super().__init__([require("influxd"), "-config", config], folder / "influxdb.log", cwd=folder)
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it, wait until it answers, and make the database: the publisher would, but after it says it records."""
         super().start()
         self.wait_for(self._answers, 30, "answered")
+        statement = urllib.parse.urlencode({"q": f"CREATE DATABASE {self.DATABASE}"}).encode()
+        urllib.request.urlopen(f"http://127.0.0.1:{self.port}/query", statement, timeout=30).close()
 
     def _answers(self) -> bool:
         try:
