@@ -293,7 +293,7 @@ class Database:
             DatabaseUnavailableError: If the database cannot be read now.
         """
         with self._translated():
-            return _rows_by_path(self._connection(), paths)
+            return _rows_by_path(self._connection(), dict.fromkeys(paths))
 
     def _connection(self) -> sqlite3.Connection:
         identity = _identity(self.path)

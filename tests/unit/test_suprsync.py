@@ -135,6 +135,13 @@ def test_among_many_paths_each_that_is_known_is_found(open_database: Open, db_pa
     assert sums == [(f"/data/{number:03}", NEW) for number in range(120)]
 
 
+def test_a_path_that_is_asked_for_again_and_again_has_its_rows_once(open_database: Open) -> None:
+    database = open_database()
+    database.register([file()])
+
+    assert [row.local_path for row in database.rows(["/data/x"] * 120)["/data/x"]] == ["/data/x"]
+
+
 BATCHES = st.lists(
     st.lists(
         st.builds(
