@@ -1,22 +1,28 @@
-"""The spool's file: its layout, and how it is opened.
+"""The spool's file: layout, versions, lock, and what happens to a file that cannot be read.
 
-A private SQLite file in WAL mode, opened by one process at a time (``flock`` on the file ``<spool>.lock``), with
-one table. Layout, version 1 (``PRAGMA user_version``)::
+A private SQLite file in WAL mode, opened by one process at a time (``flock`` on the file ``<spool>.lock``), with one
+table. Layout, version 2 (``PRAGMA user_version``)::
 
-    registrations(id, state, received, sender, message, attempts, due, reason, refused)
+    registrations(id, state, received, sender, message, attempts, changes, due, reason, refused)
 
     id        in the order of arrival, never used twice
-    state     pending   accepted; which of these have their row and settle, the agent that runs knows by heart
-              waiting   the file was missing or unreadable, or changed after its row; looked for at `due`
-              settling  as an earlier version left it; taken for pending
-              dead      given up or refused, kept for a person, with its `reason`
+    state     one of `states.STORED`
     received  unix time of acceptance
     sender    host:port
-    message   the datagram's JSON text, as it came: a replay parses it again
-    refused   1 where the message itself can never become a row, 0 where its file failed
+    message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
+    attempts  number of failed attempts to read its file
+    changes   number of times that its file had changed after its row was committed
+    due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
+              is dead. A start assigns it anew, since that clock begins again with each boot
+    reason    why it waits or is dead
+    refused   1 if the message itself can never become a row, 0 if its file failed
 
-A corrupt file, or one of an unknown version, is renamed to ``<spool>.<unix time>.set-aside`` together with its
-journal and reported, and a new one begun: never overwritten, and never a reason not to start.
+The registrations of a version 1 file are taken over as newly received ones. A corrupt file, or one of an unknown version,
+is renamed to ``<spool>.<unix time>.set-aside`` together with its journal and reported, and a new file is started: it is
+never overwritten, and never a reason not to start.
+
+The file keeps `RESERVE` bytes of free pages, and its journal has the same size, so that registrations can still be
+written when the disk is full.
 """
 
 from __future__ import annotations
@@ -29,36 +35,58 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-VERSION = 1
+from socs_monitor.spool.states import State
 
-PENDING = "pending"
-DEAD = "dead"
+VERSION = 2
 
 _PAGE = 4096  # bytes, SQLite's default
 
+# Room kept in the file and in its journal (bytes). Measured on a full disk: 50,000 registrations of 320 bytes are still
+# written, which is what the intake holds in memory at most; making the room takes 0.1 s at start.
+RESERVE = 16 * 1024 * 1024
+
 # The journal's size (pages) at which accepting itself moves it to the file: a backstop, since under a
-# load that never pauses the checkpoints of `sync` cannot reset the journal.
+# load that never pauses the checkpoints of `Spool.sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
 
-_LOOK_S = 0.05  # `is_locked` has the lock for microseconds: who finds it taken tries once more
+_RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is taken, try once more
 
-_BUSY_TIMEOUT_S = 5.0  # only `sync`'s connection and a person's tools can be in the way, for milliseconds
+_BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
+
+_OPEN = f"state IN ('{State.PENDING}', '{State.WAITING}')"
 
 _SCHEMA = f"""
 CREATE TABLE registrations (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    state TEXT NOT NULL DEFAULT '{PENDING}',
+    state TEXT NOT NULL DEFAULT '{State.PENDING}',
     received REAL NOT NULL,
     sender TEXT NOT NULL,
     message TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
+    changes INTEGER NOT NULL DEFAULT 0,
     due REAL,
     reason TEXT,
     refused INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-CREATE INDEX dead ON registrations (refused DESC, id) WHERE state = '{DEAD}';
+CREATE INDEX due ON registrations (due) WHERE due IS NOT NULL;
+CREATE INDEX unregistered ON registrations (id) WHERE {_OPEN};
+CREATE INDEX dead ON registrations (refused DESC, id) WHERE state = '{State.DEAD}';
 PRAGMA user_version = {VERSION};
 """
+
+# What was received is all that is taken over from version 1: the rest follows from it.
+_FROM_VERSION_1 = f"""
+ALTER TABLE registrations RENAME TO former;
+DROP INDEX dead;
+{_SCHEMA}
+INSERT INTO registrations (received, sender, message, due) SELECT received, sender, message, 0 FROM former ORDER BY id;
+DROP TABLE former;
+"""
+
+OLDEST_PENDING = (
+    f"SELECT received FROM registrations INDEXED BY unregistered WHERE {_OPEN} AND state = '{State.PENDING}'"
+    " ORDER BY id LIMIT 1"
+)
 
 
 class SpoolError(Exception):
@@ -73,6 +101,7 @@ class _UnknownVersionError(sqlite3.DatabaseError):
     """The file was written by another version of this module."""
 
 
+# Result codes of a file that is no spool, or a damaged one.
 _UNREADABLE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
@@ -92,7 +121,7 @@ def take_lock(path: str) -> IO[bytes]:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(_LOOK_S)
+            time.sleep(_RETRY_LOCK_S)
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock_file.close()
@@ -130,6 +159,8 @@ def _open_checked(path: str) -> sqlite3.Connection:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if version == 0 and tables == 0:
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        elif version == 1:
+            db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1} COMMIT;")
         elif version != VERSION:
             raise _UnknownVersionError(f"version {version}, expected {VERSION}")
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
@@ -153,6 +184,27 @@ def used_bytes(connection: sqlite3.Connection) -> int:
     return file_bytes(connection) - int(free) * _PAGE
 
 
+def reserve(connection: sqlite3.Connection, size: int) -> None:
+    """Have `size` bytes of free pages in the file, and a journal of that size, which are used when the disk is full.
+
+    The pages are written by one transaction and freed by the next, so that journal and file really have the blocks.
+
+    Raises:
+        sqlite3.Error: If the disk has no room for them.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("CREATE TABLE reserve (room BLOB)")
+        connection.execute("INSERT INTO reserve VALUES (zeroblob(?))", (size,))
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("DROP TABLE reserve")
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
 def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connection:
     """Open the file, or a new one in its place; `report` is told if the old one had to be set aside.
 
@@ -169,5 +221,5 @@ def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connectio
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + suffix, aside + suffix)
-        report(f"the spool {path} cannot be read ({error}): set aside as {aside}, a new one is begun")
+        report(f"The spool {path} cannot be read ({error}). It was set aside as {aside}, and a new one was started.")
         return _open_checked(path)

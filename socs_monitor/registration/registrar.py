@@ -1,0 +1,587 @@
+"""The loop of ``run``: from accepted to registered.
+
+Each step takes what is new from ``file_queue`` and what is due in the spool, hands it to the workers, registers what they
+have hashed, and applies the transitions (`spool.states`) in one spool transaction. The loop does no file I/O. It has its
+own thread, so it may wait for the database or the spool: a write that fails is retried in place until it succeeds or `run`
+is stopped. A stop or a crash at any point leaves the spool as the truth, and repeating work is harmless.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from socs_monitor import crashpoint, events
+from socs_monitor.archive import ArchiveError
+from socs_monitor.messages import MessageError, brief
+from socs_monitor.registration import lookup
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.parking import Parking
+from socs_monitor.registration.workers import (
+    Failed,
+    FailedLarge,
+    Hashed,
+    HashedLarge,
+    Recheck,
+    Rechecked,
+    Result,
+    Spawn,
+    Task,
+    Verify,
+    Workers,
+    start_thread,
+)
+from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.intake import BATCH, SPOOL_ADVICE, FileQueue, Intake
+from socs_monitor.spool.states import Event, State
+from socs_monitor.spool.store import Due, Registration, Spool, Transition
+from socs_monitor.stats import GIVEN_UP_S, Stats
+from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
+
+T = TypeVar("T")
+
+_BACKOFF_FIRST_S = 0.05
+_BACKOFF_MAX_S = 2.0
+
+# Seconds between two looks at workers that are busy.
+_SUPERVISE_S = 1.0
+
+# Re-checks are due at whole multiples of this (seconds), since each waking of the thread costs.
+_RECHECK_EVERY_S = 0.5
+
+# Seconds within which a hash is as good as a look at the file immediately before its row is written.
+_FRESH_S = 0.5
+
+
+class StoppedError(Exception):
+    """`run` was stopped while a write was retried; the spool still has what was in hand."""
+
+
+class _Registered(NamedTuple):
+    """A registered file until its re-check; `before` are earlier registrations of its path, which it takes care of."""
+
+    path: str
+    fingerprint: int
+    changes: int
+    before: tuple[int, ...]
+
+
+class Registrar:
+    """Drains the intake. All methods but `stop`, `resume` and `retry` are for one thread at a time.
+
+    Args:
+        intake: Where registrations are accepted.
+        file_queue: Where they come from.
+        spool: Where they are kept meanwhile.
+        database: Where they go.
+        stats: Counts files and takes conditions.
+        policy: How files are treated.
+        debug: Called with a line for each file; None where nobody reads that.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
+        spawn: Starts the workers' threads.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        file_queue: FileQueue,
+        spool: Spool,
+        database: Database,
+        stats: Stats,
+        policy: Policy,
+        debug: Callable[[str], None] | None,
+        monotonic: Callable[[], float] = time.monotonic,
+        spawn: Spawn = start_thread,
+    ) -> None:
+        self._intake = intake
+        self._queue = file_queue
+        self._spool = spool
+        self._database = database
+        self._stats = stats
+        self._policy = policy
+        self._debug = debug
+        self._monotonic = monotonic
+        self._spawn = spawn
+        self._parking = Parking(policy.data_roots, spawn)
+        self._stopping = threading.Event()
+
+    def run(self, once: bool = False) -> None:
+        """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands; then close the database."""
+        try:
+            self.begin()
+            while not self._stopping.is_set():
+                worked = self.step(0.0 if once else self._patience())
+                if once and not (worked or self.workers.busy):
+                    break
+                if once and not worked:
+                    self._queue.take(0, self._patience())
+        except StoppedError:
+            pass
+        finally:
+            self.workers.close()
+            self._database.close()
+            self._stopping.clear()
+
+    def stop(self) -> None:
+        """Make `run` return promptly, even while hashing; what is not done stays in the spool."""
+        self._stopping.set()
+        self._queue.wake()
+
+    def resume(self) -> None:
+        """Forget a `stop` that came when `run` had ended."""
+        self._stopping.clear()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not beyond `stop`."""
+        self._stopping.wait(seconds)
+
+    def begin(self) -> None:
+        """Start from what the spool holds.
+
+        Raises:
+            StoppedError: If `stop` was called while the spool could not be used.
+        """
+        self.workers = Workers(
+            self._policy, self._parking, self._queue.wake, spawn=self._spawn, monotonic=self._monotonic
+        )
+        self._registered: dict[int, _Registered] = {}
+        self._latest: dict[str, int] = {}  # by path, the last registered of `_registered`
+        self._backoff_s = _BACKOFF_FIRST_S
+        self._waited = self._monotonic()  # when the queue was last waited for
+        self._is_late = False  # whether results may have lain about since they were found
+        self._database_identity = self._database.identity
+        now = self._monotonic()
+        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts)))
+
+    def retry(self, ids: Iterable[int] | None = None) -> int:
+        """Try dead letters (those of `ids`, or all) again now; return how many. Any thread may call it.
+
+        Raises:
+            SpoolError: If the spool cannot be written now.
+        """
+        retried = self._spool.retry(ids)
+        self._queue.wake()
+        return retried
+
+    def step(self, timeout: float) -> bool:
+        """Do all that can be done now; wait for something to do for at most `timeout` seconds.
+
+        Returns:
+            Whether anything was done.
+
+        Raises:
+            StoppedError: If `stop` was called while a write was retried.
+        """
+        self._is_late = self._monotonic() - self._waited > _FRESH_S
+        items = self._queue.take(min(BATCH, self.workers.room), timeout)
+        self._waited = self._monotonic()
+        self.workers.submit(self._adopted(items))
+        self.workers.supervise()
+        self._note_hanging()
+        results = self.workers.take()
+        due = self._apply(self._outcomes(results))
+        if due:
+            self._take_up(due)
+        return bool(items or results or due)
+
+    def _patience(self) -> float:
+        """Seconds until there is something to do by itself."""
+        if not self.workers.room:
+            return _SUPERVISE_S
+        longest = _SUPERVISE_S if self.workers.busy else lookup.RETRY_MAX_S
+        return min(max(0.0, self._spool.next_due - self._monotonic()), longest)
+
+    def _adopted(self, items: Sequence[dict[str, object]]) -> list[Registration]:
+        registrations = [item for item in items if isinstance(item, Registration)]
+        if len(registrations) < len(items):
+            foreign = [item for item in items if not isinstance(item, Registration)]
+            registrations += self._persist(lambda: self._intake.adopt(foreign))
+        return registrations
+
+    def _note_hanging(self) -> None:
+        if folders := self._parking.folders:
+            self._stats.trouble(
+                "disk_hangs",
+                f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere are"
+                " not affected. The disk is tried again every minute. Check it with: df -h",
+            )
+        else:
+            self._stats.cured("disk_hangs", "all disks answer again")
+
+    # --- from results to transitions
+
+    def _outcomes(self, results: list[Result]) -> list[Transition]:
+        """Return what results mean. An error that nobody expected is the failure of one result, not of all."""
+        for _ in range(2):
+            try:
+                return self._evaluate(results)
+            except StoppedError:
+                raise
+            except Exception as error:  # noqa: BLE001 (files go on being registered, whatever it is)
+                self._report_unexpected(error)
+        transitions: list[Transition] = []
+        for result in results:
+            try:
+                transitions += self._evaluate([result])
+            except StoppedError:
+                raise
+            except Exception as error:  # noqa: BLE001 (this one alone is given up)
+                self._report_unexpected(error)
+                transitions += self._culprit(result, f"unexpected error {error!r}. Please report it")
+        return transitions
+
+    def _report_unexpected(self, error: Exception) -> None:
+        text = f"Unexpected error {error!r}. Registration goes on. Please report it"
+        self._stats.repeated("error", "unforeseen", text, traceback=traceback.format_exc())
+
+    def _culprit(self, result: Result, reason: str) -> list[Transition]:
+        if isinstance(result, Rechecked):
+            return [Transition(State.REGISTERED, Event.REFUSED, [result.id], reason=brief(reason))]
+        ids = result.ids if isinstance(result, (HashedLarge, FailedLarge)) else [result.registration.id]
+        return [Transition(State.PENDING, Event.REFUSED, ids, reason=brief(reason))]
+
+    def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
+        transitions: list[Transition] = []
+        hashed: list[Hashed] = []
+        failed: list[Failed] = []
+        rechecked: list[Rechecked] = []
+        for result in results:
+            if isinstance(result, Hashed):
+                hashed.append(result)
+            elif isinstance(result, Rechecked):
+                rechecked.append(result)
+            elif isinstance(result, Failed):
+                failed.append(result)
+            else:
+                self._expand(result, hashed, failed)
+        crashpoint.reach("hashed")
+        if hashed:
+            refused = self._register(hashed, transitions)
+            failed += refused
+        if failed:
+            transitions += self._judge(failed)
+        if rechecked:
+            transitions += self._conclude(rechecked)
+        return transitions
+
+    def _expand(self, result: HashedLarge | FailedLarge, hashed: list[Hashed], failed: list[Failed]) -> None:
+        """Turn what came of a large file into what came of its registrations, which only the spool has by now."""
+        for start in range(0, len(result.ids), BATCH):
+            rows = self._persist(lambda start=start: self._spool.load(result.ids[start : start + BATCH]))  # type: ignore[misc]
+            for registration in self._parsed(rows, failed):
+                if isinstance(result, FailedLarge):
+                    failed.append(Failed(registration, result.reason, result.refused))
+                    continue
+                try:
+                    entry = lookup.entry_at(registration, result.path)
+                except ArchiveError as error:
+                    failed.append(Failed(registration, brief(str(error)), refused=True))
+                else:
+                    hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
+
+    def _parsed(self, rows: Iterable[Due], failed: list[Failed]) -> list[Registration]:
+        """Parse registrations of the spool; what this version cannot parse goes to `failed`."""
+        registrations = []
+        for row in rows:
+            try:
+                registrations.append(lookup.parse(row))
+            except MessageError as error:
+                unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
+                failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
+        return registrations
+
+    def _register(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Failed]:
+        """Write rows for hashed files; return those that can have none."""
+        refused: list[Failed] = []
+        if self._is_late:
+            hashed = self._verified(hashed)
+        while hashed:
+            begin = time.perf_counter()
+            try:
+                outcomes = self._database.register([one.file for one in hashed])
+            except DatabaseUnavailableError as error:
+                self._unavailable(error)
+                hashed = self._verified(hashed)
+                continue
+            self._stats.writes.wrote(time.perf_counter() - begin)
+            self._succeeded("database", "the database can be written again")
+            crashpoint.reach("committed")
+            if self._database.identity != self._database_identity:
+                # another file than before: what was committed to that one is not in this one
+                transitions.append(self._restart_registered())
+                self._database_identity = self._database.identity
+            written = hashed[: len(outcomes)]
+            hashed = hashed[len(outcomes) :]
+            refusals = [outcome.refusal for outcome in outcomes]
+            refused += [
+                Failed(one.registration, brief(reason), refused=True)
+                for one, reason in zip(written, refusals, strict=True)
+                if reason is not None
+            ]
+            changed = [
+                one.registration["pub_id"] for one, outcome in zip(written, outcomes, strict=True) if outcome.changed
+            ]
+            registered = [one for one, reason in zip(written, refusals, strict=True) if reason is None]
+            if registered:
+                self._stats.registered(len(registered), changed, registered[-1].file.entry.local_path)
+                transitions += self._committed(registered)
+        return refused
+
+    def _verified(self, hashed: list[Hashed]) -> list[Hashed]:
+        """Return those files that are still what was hashed; the others go back to the workers."""
+        answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
+        self.workers.submit([Verify(one) for one in hashed], answers.put)
+        results: list[Result] = []
+        while len(results) < len(hashed):
+            with contextlib.suppress(queue.Empty):
+                results += answers.get(timeout=_SUPERVISE_S)
+            self.workers.supervise()
+            self._check_stopping()
+        verified = [result for result in results if isinstance(result, Hashed)]
+        self.workers.submit([result.registration for result in results if isinstance(result, Failed)])
+        return verified
+
+    def _committed(self, registered: Sequence[Hashed]) -> list[Transition]:
+        """Return the transitions of files whose rows were committed, and remember what their re-check needs."""
+        by_delay: dict[int, list[int]] = {}
+        for registration, (entry, md5), fingerprint in registered:
+            id_, path, changes = registration.id, entry.local_path, registration.changes
+            before: tuple[int, ...] = ()
+            if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
+                before = (*self._registered[former].before, former)
+            self._latest[path] = id_
+            self._registered[id_] = _Registered(path, fingerprint, changes, before)
+            by_delay.setdefault(changes, []).append(id_)
+            if self._debug is not None:
+                where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
+                keys = {"id": registration["pub_id"], **where, "md5": md5}
+                self._debug(events.line("registered", "registered", keys))
+        return [
+            Transition(State.PENDING, Event.COMMITTED, ids, self._recheck_at(changes))
+            for changes, ids in by_delay.items()
+        ]
+
+    def _recheck_at(self, changes: int) -> float:
+        due = self._monotonic() + lookup.recheck_delay(changes, self._policy.settle_after)
+        return math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
+
+    def _judge(self, failed: Iterable[Failed]) -> list[Transition]:
+        """Let what failed wait or die; what a row tells of already is done."""
+        transitions: list[Transition] = []
+        given_up: list[Failed] = []
+        now = self._monotonic()
+        for failure in failed:
+            registration, reason, refused = failure
+            if refused:
+                self._log_dead(registration, reason, refused=True)
+                transitions.append(Transition(State.PENDING, Event.REFUSED, [registration.id], reason=reason))
+            elif lookup.is_given_up(registration.attempts, self._policy.give_up_after):
+                given_up.append(failure)
+            else:
+                due = now + lookup.retry_delay(registration.attempts)
+                transitions.append(Transition(State.PENDING, Event.FAILED, [registration.id], due, reason))
+                if not registration.attempts:
+                    text = f"waiting for a file that cannot be read yet: {reason}"
+                    self._stats.repeated("info", "waiting", text, id=registration["pub_id"])
+        if given_up:
+            transitions += self._give_up(given_up)
+        return transitions
+
+    def _give_up(self, failed: Sequence[Failed]) -> list[Transition]:
+        transitions: list[Transition] = []
+        try:
+            known = self._have_rows([failure.registration for failure in failed])
+        except DatabaseUnavailableError as error:
+            due = self._monotonic() + lookup.RETRY_MAX_S
+            reason = brief(f"{failed[0].reason}; {error}")
+            return [Transition(State.PENDING, Event.FAILED, [one.registration.id for one in failed], due, reason)]
+        for registration, reason, _ in failed:
+            if registration.id in known:
+                transitions.append(Transition(State.PENDING, Event.KNOWN, [registration.id]))
+                continue
+            reason = f"{reason}, given up after {lookup.duration(self._policy.give_up_after)}"
+            self._log_dead(registration, reason, refused=False)
+            transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
+        return transitions
+
+    def _have_rows(self, registrations: Sequence[Registration]) -> set[int]:
+        """Return the ids of those of which a row tells: they were registered, or archived and removed.
+
+        Raises:
+            DatabaseUnavailableError: If the database cannot be read now.
+        """
+        entries = {registration.id: lookup.entries(registration) for registration in registrations}
+        rows = self._database.rows(entry.local_path for some in entries.values() for entry in some)
+        return {
+            id_
+            for id_, some in entries.items()
+            if any(row.is_of(entry) for entry in some for row in rows.get(entry.local_path, ()))
+        }
+
+    def _log_dead(self, registration: Registration, reason: str, *, refused: bool) -> None:
+        keys = {"sender": registration.sender, "id": registration["pub_id"], "path": registration["path"]}
+        if refused:
+            text = f"registration {registration.id} was refused, a dead letter: {reason}"
+            self._stats.repeated("warn", "refused", text, **keys)
+        else:
+            text = f"registration {registration.id} became a dead letter: {reason}. Run: socs-monitor failed list"
+            self._stats.repeated("error", "given_up", text, **keys)
+            self._stats.alarm("given up", text, GIVEN_UP_S)
+
+    # --- re-checks
+
+    def _take_up(self, due: Sequence[Due]) -> None:
+        """Hand what is due to the workers."""
+        failed: list[Failed] = []
+        tasks: list[Task] = []
+        unknown: list[int] = []
+        for row in due:
+            if row.state == State.REGISTERED:
+                if (known := self._registered.get(row.id)) is not None:
+                    tasks.append(Recheck(row.id, known.path, known.fingerprint))
+                else:
+                    unknown.append(row.id)
+        tasks += self._parsed([row for row in due if row.message is not None], failed)
+        self.workers.submit(tasks)
+        if failed or unknown:
+            self._apply([*self._judge(failed), *self._conclude_unknown(unknown)], take_up=False)
+
+    def _conclude_unknown(self, ids: Sequence[int]) -> list[Transition]:
+        """Conclude registered files that a former run left behind, and whose path was announced again later.
+
+        Those that have their row are done. The others, if the database was replaced meanwhile, are registered again.
+        """
+        failed: list[Failed] = []
+        registrations = self._parsed(self._persist(lambda: self._spool.load(ids)) if ids else [], failed)
+        known = self._until_available(lambda: self._have_rows(registrations))
+        lost = [registration.id for registration in registrations if registration.id not in known]
+        if known:
+            self._sync()
+        return [
+            Transition(State.REGISTERED, Event.SUPERSEDED, list(known)),
+            Transition(State.REGISTERED, Event.RESTARTED, lost, due=0.0),
+            *(
+                Transition(State.REGISTERED, Event.REFUSED, [failure.registration.id], reason=failure.reason)
+                for failure in failed
+            ),
+        ]
+
+    def _conclude(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
+        """Settle registered files that are as they were hashed, and register again those that changed."""
+        if self._database.is_replaced():
+            return [self._restart_registered()]
+        by_event: dict[Event, list[int]] = {}
+        transitions: list[Transition] = []
+        for result in rechecked:
+            id_ = result.id
+            if (known := self._registered.get(id_)) is None:
+                continue
+            if result.refusal is not None:
+                transitions += self._withdraw(id_, result.refusal)
+            elif result.error is not None:
+                due = self._monotonic() + lookup.RECHECK_MAX_S
+                transitions.append(Transition(State.REGISTERED, Event.UNREADABLE, [id_], due, result.error))
+                continue
+            elif not result.changed:
+                event = Event.MISSING if result.missing else Event.UNCHANGED
+                by_event.setdefault(event, []).extend((id_, *known.before))
+            elif self._latest.get(known.path) != id_:
+                by_event.setdefault(Event.SUPERSEDED, []).append(id_)
+            else:
+                text = "a file changed after it was registered, and is registered again"
+                self._stats.repeated("info", "changed", text, path=known.path)
+                transitions.append(Transition(State.REGISTERED, Event.CHANGED, [id_], due=0.0))
+            self._forget(id_)
+        if by_event:
+            self._sync()
+        for event, ids in by_event.items():
+            for id_ in ids:
+                self._forget(id_)
+            transitions.append(Transition(State.REGISTERED, event, ids))
+        return transitions
+
+    def _forget(self, id_: int) -> None:
+        known = self._registered.pop(id_, None)
+        if known is not None and self._latest.get(known.path) == id_:
+            del self._latest[known.path]
+
+    def _withdraw(self, id_: int, reason: str) -> list[Transition]:
+        """Take back the row of a file that is refused now: a link was retargeted after it was hashed."""
+        failed: list[Failed] = []
+        rows = self._persist(lambda: self._spool.load([id_]))
+        for registration in self._parsed(rows, failed):
+            entries = lookup.entries(registration)
+            self._until_available(lambda entries=entries: self._database.withdraw(entries))  # type: ignore[misc]
+            self._log_dead(registration, reason, refused=True)
+        return [Transition(State.REGISTERED, Event.REFUSED, [id_], reason=reason)]
+
+    def _restart_registered(self) -> Transition:
+        """Register all again whose rows may not be in the database that is there now."""
+        ids = list(self._registered)
+        self._registered.clear()
+        self._latest.clear()
+        return Transition(State.REGISTERED, Event.RESTARTED, ids, due=0.0)
+
+    # --- what is retried in place
+
+    def _apply(self, transitions: Sequence[Transition], *, take_up: bool = True) -> list[Due]:
+        limit = min(BATCH, self.workers.room) if take_up else 0
+        due = self._persist(lambda: self._spool.apply(transitions, self._monotonic(), limit))
+        for transition in transitions:
+            if transition.event is Event.COMMITTED:
+                crashpoint.reach("settling")
+            elif transition.event is Event.UNCHANGED:
+                crashpoint.reach("settled")
+        return due
+
+    def _persist(self, operation: Callable[[], T]) -> T:
+        """Do an operation on the spool, again and again until it succeeds."""
+        while True:
+            try:
+                result = operation()
+            except SpoolError as error:
+                self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
+                self._back_off()
+            else:
+                self._succeeded("spool entries", "the spool can be used again")
+                return result
+
+    def _until_available(self, operation: Callable[[], T]) -> T:
+        """Do an operation on the database, again and again until it succeeds."""
+        while True:
+            try:
+                result = operation()
+            except DatabaseUnavailableError as error:
+                self._unavailable(error)
+            else:
+                self._succeeded("database", "the database can be used again")
+                return result
+
+    def _sync(self) -> None:
+        """Have the rows of what is settled on the disk: a power cut takes what is not."""
+        self._until_available(self._database.sync)
+
+    def _unavailable(self, error: DatabaseUnavailableError) -> None:
+        self._stats.writes.errors += 1
+        self._stats.trouble("database", f"{error}. Registrations are kept in the spool until it works again")
+        self._back_off()
+
+    def _succeeded(self, condition: str, text: str) -> None:
+        self._backoff_s = _BACKOFF_FIRST_S
+        self._stats.cured(condition, text)
+
+    def _back_off(self) -> None:
+        self._stopping.wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
+        self._check_stopping()
+
+    def _check_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise StoppedError

@@ -1,0 +1,459 @@
+"""All file operations, done by threads that can be abandoned.
+
+The quick worker takes batches of tasks: it looks files up, hashes small ones and checks registered ones again. What is
+larger is hashed by the other workers, slice by slice: whoever is free takes the file of which least was read, so that no
+file, however large, makes another one wait. Registrations of the same path share one reading.
+
+A worker that makes no progress for `HANG_S` is abandoned, for a thread in a system call cannot be ended. Another one takes
+its place, its task fails with the reason "reading the file hangs", and its folder is parked (`parking`): the files there
+fail at once, until the worker or a probe comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import heapq
+import itertools
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+from socs_monitor import archive
+from socs_monitor.archive import ArchiveError
+from socs_monitor.messages import brief
+from socs_monitor.registration.checksum import (
+    Access,
+    Checksum,
+    FileRefusedError,
+    Reading,
+    checksum,
+    present_fingerprint,
+)
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.parking import Parking
+from socs_monitor.spool.store import Registration
+from socs_monitor.suprsync import HashedFile
+
+# Files up to this size (bytes) are hashed by the quick worker, in turn.
+SMALL = 128 * 1024
+
+# Seconds without progress after which a worker is abandoned: a healthy disk reads a chunk in milliseconds.
+HANG_S = 10.0
+
+# Tasks handed to the quick worker that are not done yet, at most.
+MAX_TASKS = 1000
+
+HANGS = "reading the file hangs"
+
+
+class Hashed(NamedTuple):
+    """A registration whose file was found and hashed; `fingerprint` is from before it was read."""
+
+    registration: Registration
+    file: HashedFile
+    fingerprint: int
+
+
+class HashedLarge(NamedTuple):
+    """A large file that was hashed for all registrations `ids` that meant it."""
+
+    ids: list[int]
+    path: str
+    md5: str
+    fingerprint: int
+
+
+class Failed(NamedTuple):
+    """A registration whose file could not be hashed; with `refused` it never can be."""
+
+    registration: Registration
+    reason: str
+    refused: bool = False
+
+
+class FailedLarge(NamedTuple):
+    """As `Failed`, of all registrations `ids` that meant a large file; with `missing` there is none."""
+
+    ids: list[int]
+    reason: str
+    refused: bool = False
+    missing: bool = False
+
+
+class Recheck(NamedTuple):
+    """The task to check a registered file again; `fingerprint` is from when it was hashed."""
+
+    id: int
+    path: str
+    fingerprint: int
+
+
+class Rechecked(NamedTuple):
+    """What a re-check found. With neither `refusal` nor `error`, the file is there, or `missing`."""
+
+    id: int
+    changed: bool = False
+    missing: bool = False
+    refusal: str | None = None
+    error: str | None = None
+
+
+class Verify(NamedTuple):
+    """The task to make sure that a file is still what was hashed; otherwise it has `Failed`."""
+
+    hashed: Hashed
+
+
+class Hash(NamedTuple):
+    """The task to hash a path for whoever gets `deliver` called; its failure has the ids of nobody."""
+
+    path: str
+    deliver: Callable[[HashedLarge | FailedLarge], None]
+
+
+Spawn: TypeAlias = Callable[[Callable[[], None], str], None]
+Task: TypeAlias = Registration | Recheck | Verify | Hash
+Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Rechecked
+
+
+def start_thread(work: Callable[[], None], name: str) -> None:
+    """Start a daemon thread: one that hangs must not keep the process from ending."""
+    threading.Thread(target=work, name=name, daemon=True).start()
+
+
+class _Batch:
+    """Tasks for the quick worker. `results` has one entry, perhaps None, for each task that is done."""
+
+    def __init__(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None]) -> None:
+        self.tasks = tasks
+        self.deliver = deliver
+        self.results: list[Result | None] = []
+
+
+class _Shared:
+    """A large file, and who wants its sum."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.ids: list[int] = []
+        self.deliver: list[Callable[[HashedLarge | FailedLarge], None]] = []
+
+
+class _Worker:
+    """A thread's work in progress. `progress` grows with each task or chunk."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+        self.abandoned = False
+        self.folder = ""  # that is parked since it was abandoned
+        self.batch: _Batch | None = None
+        self.shared: _Shared | None = None
+        self.seen = (-1, 0.0)  # the progress at the latest look, and when it was first seen
+
+    @property
+    def path(self) -> str | None:
+        """The path of the task in hand."""
+        if self.shared is not None:
+            return self.shared.reading.path
+        batch = self.batch
+        if batch is None or len(batch.results) >= len(batch.tasks):
+            return None
+        return _path_of(batch.tasks[len(batch.results)])
+
+
+class Workers:
+    """The threads, and what came of their work. All but the threads is for one thread.
+
+    Args:
+        policy: How files are treated.
+        parking: The folders whose disk hangs.
+        wake: Called, by a thread, when there are results.
+        spawn: Starts a daemon thread; a test may run the work itself (`work`).
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
+        small: Bytes up to which the quick worker hashes files.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        parking: Parking,
+        wake: Callable[[], None],
+        *,
+        spawn: Spawn = start_thread,
+        monotonic: Callable[[], float] = time.monotonic,
+        small: int = SMALL,
+    ) -> None:
+        self._access = Access(policy.data_roots, policy.own)
+        self._parking = parking
+        self._wake = wake
+        self._spawn = spawn
+        self._monotonic = monotonic
+        self._small = small
+        self._closed = False
+        self._lock = threading.Lock()
+        self._results: deque[Result] = deque()
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._tasks = 0  # of batches that were submitted and are not delivered
+        self._serial = itertools.count()
+        # guarded by the lock
+        self._shared: dict[str, _Shared] = {}
+        self._heap: list[tuple[int, int, _Shared]] = []
+        self._large = threading.Semaphore(0)  # as many as there are on the heap
+        self._workers: list[_Worker] = []
+        self._start(self._quick, "quick")
+        for number in range(policy.hash_workers):
+            self._start(self._hash, f"hash-{number}")
+
+    def _start(self, work: Callable[[_Worker], None], name: str) -> None:
+        worker = _Worker()
+        self._workers.append(worker)
+        self._spawn(lambda: work(worker), name)
+
+    def close(self) -> None:
+        """End the threads, without waiting for one that hangs."""
+        self._closed = True
+        for _ in self._workers:
+            self._batches.put(None)
+            self._large.release()
+
+    # --- for the registrar
+
+    @property
+    def room(self) -> int:
+        """How many tasks should be submitted at most."""
+        return max(0, MAX_TASKS - self._tasks)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything that was submitted and not taken as a result."""
+        return bool(self._tasks or self._shared or self._results)
+
+    def submit(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None] | None = None) -> None:
+        """Have tasks done, in order; the results go to `deliver`, called by a thread, or to `take`."""
+        if tasks:
+            with self._lock:
+                self._tasks += len(tasks)
+            self._batches.put(_Batch(tasks, deliver or self._deliver))
+
+    def take(self) -> list[Result]:
+        """Return the results since the last call."""
+        return [self._results.popleft() for _ in range(len(self._results))]
+
+    def _deliver(self, results: Sequence[Result]) -> None:
+        self._results.extend(results)
+        self._wake()
+
+    def supervise(self) -> None:
+        """Abandon workers that hang, and probe parked folders. To be called each second while it is `busy`."""
+        now = self._monotonic()
+        for worker in list(self._workers):
+            if worker.path is None:
+                worker.seen = (-1, now)
+            elif worker.progress != worker.seen[0]:
+                worker.seen = (worker.progress, now)
+            elif now - worker.seen[1] >= HANG_S:
+                self._abandon(worker, now)
+        self._parking.probe(now)
+
+    def _abandon(self, worker: _Worker, now: float) -> None:
+        results: list[Result] = []
+        with self._lock:
+            if (path := worker.path) is None:
+                return  # it has come back just now
+            worker.abandoned = True
+            self._workers.remove(worker)
+            batch, shared = worker.batch, worker.shared
+            worker.folder = self._parking.park(path, now)
+            if shared is not None:
+                del self._shared[shared.reading.path]
+        if batch is not None:
+            done = list(batch.results)
+            hanging, *rest = batch.tasks[len(done) :]
+            results = [result for result in (*done, _failure(hanging, HANGS)) if result is not None]
+            self._finish(batch, results, len(done) + 1)
+            self._batches.put(_Batch(rest, batch.deliver))
+            self._start(self._quick, "quick")
+        elif shared is not None:
+            self._give(shared, FailedLarge(shared.ids, HANGS))
+            self._start(self._hash, "hash")
+
+    def _came_back(self, worker: _Worker) -> None:
+        self._parking.release(worker.folder)
+        self._wake()
+
+    # --- the quick worker
+
+    def _quick(self, worker: _Worker) -> None:
+        while not worker.abandoned and (batch := self._batches.get()) is not None:
+            self._do(worker, batch)
+        if worker.abandoned:
+            self._came_back(worker)
+
+    def _do(self, worker: _Worker, batch: _Batch) -> None:
+        worker.batch = batch
+        results = batch.results
+        for task in batch.tasks:
+            if self._closed or worker.abandoned:
+                break
+            parked = self._parking and self._parking.covers(_path_of(task))
+            result = _failure(task, HANGS) if parked else self._attempt(task)
+            if worker.abandoned:  # this task has been answered for
+                return
+            results.append(result)
+            worker.progress += 1
+        with self._lock:
+            if worker.abandoned:
+                return
+            worker.batch = None
+        self._finish(batch, [result for result in results if result is not None], len(batch.tasks))
+
+    def _finish(self, batch: _Batch, results: list[Result], tasks: int) -> None:
+        with self._lock:
+            self._tasks -= tasks
+        batch.deliver(results)
+
+    def _attempt(self, task: Task) -> Result | None:
+        """Do a task; whatever it raises is its own failure. None where a large file is to be read."""
+        try:
+            if isinstance(task, Registration):
+                return self._look_up(task)
+            if isinstance(task, Recheck):
+                return self._recheck(task)
+            if isinstance(task, Verify):
+                return self._verify(task.hashed)
+            return self._hash_path(task)
+        except (ArchiveError, FileRefusedError) as error:
+            return _failure(task, str(error), refused=True)
+        except OSError as error:
+            return _failure(task, f"{_path_of(task)}: {error.strerror or error}")
+        except Exception as error:  # noqa: BLE001 (one registration must not stop the others)
+            return _failure(task, f"{_path_of(task)}: unexpected error {error!r}. Please report it")
+
+    def _look_up(self, registration: Registration) -> Result | None:
+        missing: OSError | None = None
+        for entry in archive.candidates(registration):
+            try:
+                found = checksum(entry.local_path, self._access, self._small)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                missing = missing or error
+                continue
+            if found is not None:
+                return Hashed(registration, HashedFile(entry, found.md5), found.fingerprint)
+            self._share(entry.local_path, registration.id)
+            return None
+        raise missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def _recheck(self, task: Recheck) -> Rechecked:
+        try:
+            now = present_fingerprint(task.path, self._access)
+        except (FileNotFoundError, NotADirectoryError):
+            return Rechecked(task.id, missing=True)
+        return Rechecked(task.id, changed=now != task.fingerprint)
+
+    def _verify(self, hashed: Hashed) -> Result:
+        if present_fingerprint(hashed.file.entry.local_path, self._access) == hashed.fingerprint:
+            return hashed
+        return Failed(hashed.registration, "the file changed")
+
+    def _hash_path(self, task: Hash) -> None:
+        self._share(task.path, task.deliver)
+
+    # --- large files
+
+    def _share(self, path: str, who: int | Callable[[HashedLarge | FailedLarge], None]) -> None:
+        """Have a path read for a registration, or for whoever wants to be called."""
+        with self._lock:
+            shared = self._shared.get(path)
+            if shared is None:
+                shared = self._shared[path] = _Shared(Reading(path, self._access))
+                heapq.heappush(self._heap, (0, next(self._serial), shared))
+                self._large.release()
+            if isinstance(who, int):
+                shared.ids.append(who)
+            else:
+                shared.deliver.append(who)
+
+    def _hash(self, worker: _Worker) -> None:
+        while not worker.abandoned and not self._closed:
+            self._large.acquire()
+            self._next_slice(worker)
+        if worker.abandoned:
+            self._came_back(worker)
+
+    def _next_slice(self, worker: _Worker) -> None:
+        with self._lock:
+            if not self._heap or self._closed:
+                return
+            _, _, shared = heapq.heappop(self._heap)
+            worker.shared = shared
+        result = self._read(worker, shared)
+        with self._lock:
+            if worker.abandoned:
+                return
+            worker.shared = None
+            if result is None:
+                heapq.heappush(self._heap, (shared.reading.read, next(self._serial), shared))
+                self._large.release()
+                return
+            del self._shared[shared.reading.path]
+        self._give(shared, result)
+
+    def _read(self, worker: _Worker, shared: _Shared) -> HashedLarge | FailedLarge | None:
+        path, ids = shared.reading.path, shared.ids
+
+        def go_on() -> bool:
+            worker.progress += 1
+            return not (self._closed or worker.abandoned)
+
+        try:
+            if self._parking and self._parking.covers(path):
+                return FailedLarge(ids, HANGS)
+            found: Checksum | None = shared.reading.next_slice(go_on)
+        except FileRefusedError as error:
+            return FailedLarge(ids, brief(str(error)), refused=True)
+        except OSError as error:
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            return FailedLarge(ids, brief(f"{path}: {error.strerror or error}"), missing=missing)
+        except Exception as error:  # noqa: BLE001 (one file must not stop the others)
+            return FailedLarge(ids, brief(f"{path}: unexpected error {error!r}. Please report it"))
+        return found and HashedLarge(ids, path, found.md5, found.fingerprint)
+
+    def _give(self, shared: _Shared, result: HashedLarge | FailedLarge) -> None:
+        for deliver in shared.deliver:
+            deliver(result)
+        if shared.ids:
+            self._deliver([result])
+
+    def work(self) -> None:
+        """Do all that was submitted, in the calling thread: for tests whose `spawn` starts none."""
+        for worker in list(self._workers):
+            with contextlib.suppress(queue.Empty):
+                while (batch := self._batches.get_nowait()) is not None:
+                    self._do(worker, batch)
+        while self._heap:
+            self._next_slice(self._workers[-1])
+
+
+def _failure(task: Task, reason: str, *, refused: bool = False) -> Result | None:
+    reason = brief(reason)
+    if isinstance(task, Registration):
+        return Failed(task, reason, refused)
+    if isinstance(task, Verify):
+        return Failed(task.hashed.registration, reason, refused)
+    if isinstance(task, Recheck):
+        return Rechecked(task.id, refusal=reason) if refused else Rechecked(task.id, error=reason)
+    task.deliver(FailedLarge([], reason, refused))
+    return None
+
+
+def _path_of(task: Task) -> str:
+    if isinstance(task, Registration):
+        return str(task["path"])
+    if isinstance(task, Verify):
+        return task.hashed.file.entry.local_path
+    return task.path

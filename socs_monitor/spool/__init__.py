@@ -1,0 +1,1 @@
+"""Every accepted registration, kept on disk until its row is safe."""

@@ -1,0 +1,295 @@
+"""From the reactor through the spool to ``file_queue``.
+
+The reactor thread only appends to a list (`Intake.put`) and hands it over after each reading of the socket
+(`Intake.commit`). A thread of the intake writes what has come together into the spool with one commit, and only then
+puts it on ``file_queue``. So a slow disk holds up neither the socket nor a heartbeat, and whatever is on the queue is on
+the disk.
+
+The queue is a window on the spool, not a second store: a registration for which it has no room is due in the spool at
+once, and is taken up from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from socs_monitor import crashpoint, messages
+from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.store import Incoming, Registration, Spool
+from socs_monitor.stats import Stats
+
+# Bytes of memory that registrations on the queue take at most, some 8,000 of them.
+QUEUE_MAX = 16 * 1024 * 1024
+
+# Bytes of registrations kept in memory while the spool cannot be written; above half of that, other traffic is shed.
+INBOX_MAX = 96 * 1024 * 1024
+
+# Bytes that a registration takes in memory beside its text: the objects of its fields.
+_MEMORY = 2_000
+
+# Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
+BATCH = 500
+
+_SYNC_INTERVAL_S = 1.0
+_RETRY_S = 1.0
+
+_IN_MEMORY = "Registrations are kept in memory until it works again, and refused when memory is full, too"
+SPOOL_ADVICE = "Make sure that there is room on its disk, and that this agent may write there"
+
+# Paths in a line of the log when they could not be written.
+_PATHS_A_LINE = 50
+
+Meta = dict[str, Any]
+
+
+class FileQueue(queue.Queue[Meta]):
+    """The queue ``file_queue`` between the intake and the registrar.
+
+    It is bounded by what `has_room` says, which `put` does not ask: nobody who puts is ever made to wait. The memory that
+    it has room for is free again when it is empty.
+    """
+
+    def _init(self, maxsize: int) -> None:
+        self.queue: deque[Meta] = deque()
+        self._memory = 0
+        self._woken = False
+
+    def _put(self, item: Meta) -> None:
+        self.queue.append(item)
+
+    def extend(self, registrations: Sequence[Registration], memory: int) -> None:
+        """Put several at once, which take so many bytes of memory."""
+        with self.mutex:
+            self.queue.extend(registrations)
+            self._memory += memory
+            self.not_empty.notify()
+
+    def has_room(self, memory: int) -> bool:
+        """Whether registrations that take so many bytes of memory should be put on it."""
+        return self._memory + memory <= QUEUE_MAX
+
+    def clear(self) -> None:
+        """Take registrations off the queue; what somebody else put there stays."""
+        with self.mutex:
+            foreign = [item for item in self.queue if not isinstance(item, Registration)]
+            self.queue.clear()
+            self.queue.extend(foreign)
+            self._memory = 0
+
+    def wake(self) -> None:
+        """Make `take` return."""
+        with self.mutex:
+            self._woken = True
+            self.not_empty.notify()
+
+    def take(self, limit: int, timeout: float | None) -> list[Meta]:
+        """Return the next items, at most `limit`, as soon as there are any.
+
+        Args:
+            limit: How many at most; with 0 only a `wake` is waited for.
+            timeout: Seconds to wait at most. The result is empty after that, or after `wake`.
+        """
+        with self.mutex:
+            if not (self._woken or (limit and self.queue)):
+                self.not_empty.wait(timeout)
+            self._woken = False
+            items = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+            if not self.queue:
+                self._memory = 0
+            return items
+
+
+class Measure(NamedTuple):
+    """The spool's size in bytes, and when its oldest pending registration arrived: unix time, None if there is none."""
+
+    bytes: int
+    oldest: float | None
+
+
+class Intake:
+    """The spool's front. Until `start` is called there is no thread, and `put` itself does all the work.
+
+    Args:
+        spool: The open spool.
+        file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
+        stats: Counts what is received and takes conditions.
+        clock: Gives unix time.
+
+    Attributes:
+        measured (Measure): What the latest `measure` found.
+    """
+
+    def __init__(
+        self, spool: Spool, file_queue: FileQueue, stats: Stats, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.measured = Measure(0, None)
+        self._spool = spool
+        self._queue = file_queue
+        self._stats = stats
+        self._clock = clock
+        self._put: list[tuple[Meta, Incoming]] = []  # since the latest `commit`
+        self._putting = threading.Lock()
+        self._batches: queue.SimpleQueue[list[tuple[Meta, Incoming]] | None] = queue.SimpleQueue()
+        self._unwritten: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
+        self._memory_put = 0
+        self._memory_freed = 0
+        self._flushing = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Write the spool from a thread of its own from now on."""
+        self._threads = [
+            threading.Thread(target=self._write, name="intake", daemon=True),
+            threading.Thread(target=self._sync, name="spool-sync", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Write what is left and close the spool; log, by path, what cannot be written."""
+        self._closing.set()
+        self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
+        if not self.flush():
+            paths = [meta["path"] for meta, _ in self._unwritten]
+            for start in range(0, len(paths), _PATHS_A_LINE):
+                some = ", ".join(messages.brief(path) for path in paths[start : start + _PATHS_A_LINE])
+                self._stats.log(
+                    "error",
+                    "registrations_lost",
+                    f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy these"
+                    f" files until they are announced again: {some}. Run: socs-monitor send FILE...",
+                    count=len(paths),
+                )
+        self._spool.close()
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether registrations pile up in memory, so that non-registration traffic is shed."""
+        return self._memory_put - self._memory_freed > INBOX_MAX // 2
+
+    def put(self, meta: Meta, incoming: Incoming) -> None:
+        """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
+
+        With a thread of the intake's own it is written after the next `commit`.
+        """
+        with self._putting:
+            if self._memory_put - self._memory_freed > INBOX_MAX:
+                self._stats.refused["spool"] += 1
+                self._stats.trouble(
+                    "intake",
+                    "The spool cannot take registrations as fast as they arrive, and memory is full. Some are refused"
+                    " and lost. See the condition spool. Find missing timestreams with: socs-monitor backfill ROOT",
+                )
+                return
+            self._memory_put += len(incoming.message) + _MEMORY
+            self._put.append((meta, incoming))
+        if not self._threads:
+            self.flush()
+
+    def commit(self) -> None:
+        """Hand over what was put so far to be written now."""
+        if self._put:
+            with self._putting:
+                batch, self._put = self._put, []
+            self._batches.put(batch)
+
+    def flush(self) -> bool:
+        """Write what was put so far into the spool and onto the queue; return whether all could be written."""
+        with self._flushing:
+            self.commit()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._unwritten.extend(self._batches.get_nowait() or ())
+            while self._unwritten:
+                batch = [self._unwritten[place] for place in range(min(BATCH, len(self._unwritten)))]
+                try:
+                    self._accept([meta for meta, _ in batch], [incoming for _, incoming in batch])
+                except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
+                    self._stats.trouble("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
+                    return False
+                for _, incoming in batch:
+                    self._memory_freed += len(incoming.message) + _MEMORY
+                    self._unwritten.popleft()
+                self._stats.cured("spool", "the spool can be written again")
+                if not self.overloaded:
+                    self._stats.cured("intake", "registrations are no longer refused")
+        return True
+
+    def _accept(self, metas: Sequence[Meta], batch: Sequence[Incoming]) -> None:
+        crashpoint.reach("received")
+        memory = sum(len(incoming.message) for incoming in batch) + _MEMORY * len(batch)
+        held = self._queue.has_room(memory)
+        ids = self._spool.accept(batch, held=held)
+        crashpoint.reach("spooled")
+        if held:
+            self._queue.extend(
+                [
+                    Registration(meta, id_, incoming.received, incoming.sender)
+                    for meta, id_, incoming in zip(metas, ids, batch, strict=True)
+                ],
+                memory,
+            )
+        else:
+            self._queue.wake()
+        crashpoint.reach("queued")
+
+    def restart(self, retry_at: Callable[[int], float]) -> None:
+        """Make all that is in the spool due, as `Spool.begin`, and take it off the queue.
+
+        Raises:
+            SpoolError: If the spool cannot be written now.
+        """
+        self.flush()
+        with self._flushing:  # nothing is accepted meanwhile
+            self._queue.clear()
+            self._spool.begin(retry_at)
+
+    def adopt(self, metas: Sequence[Meta]) -> list[Registration]:
+        """Accept dicts that somebody else put on the queue, and return them as registrations.
+
+        Raises:
+            SpoolError: If the spool cannot be written now; none is accepted.
+        """
+        batch: list[tuple[Meta, Incoming]] = []
+        for meta in metas:
+            try:
+                batch.append((meta, Incoming(self._clock(), "file_queue", messages.encode_file(meta))))
+            except messages.MessageError as error:
+                self._stats.repeated("warn", "refused", f"an item of file_queue is not a registration: {error}")
+        ids = self._spool.accept([incoming for _, incoming in batch], held=True)
+        return [
+            Registration(meta, id_, incoming.received, incoming.sender)
+            for (meta, incoming), id_ in zip(batch, ids, strict=True)
+        ]
+
+    def measure(self) -> None:
+        """Measure the spool; it may take as long as the disk does."""
+        with contextlib.suppress(SpoolError):  # reported where the spool is used
+            self.measured = Measure(self._spool.bytes, self._spool.oldest_pending())
+
+    def _write(self) -> None:
+        while not self._closing.is_set():
+            batch = self._batches.get()
+            with self._flushing:
+                self._unwritten.extend(batch or ())
+            while not self.flush() and not self._closing.wait(_RETRY_S):
+                pass
+
+    def _sync(self) -> None:
+        while not self._closing.wait(_SYNC_INTERVAL_S):
+            try:
+                self._spool.sync()
+            except SpoolError as error:
+                self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}")
+            else:
+                self._stats.cured("spool sync", "the spool can be synced again")
+            self.measure()
