@@ -42,7 +42,7 @@ from socs_monitor.spool import MAX_BYTES, Incoming, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
 from socs_monitor.statsfeed import StatsFeed
-from socs_monitor.suprsync import Database
+from socs_monitor.suprsync.database import Database
 from socs_monitor.tasks import Tasks
 
 __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]

@@ -11,7 +11,8 @@ from socs_monitor.archive import ArchiveError
 from socs_monitor.checksum import FileRefusedError, StoppedError, checksum
 from socs_monitor.messages import brief
 from socs_monitor.spool import Failure, Registration
-from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.upsert import HashedFile
 
 # Files up to this size (bytes) are hashed at once, in turn; larger ones by `hashers`, so that no small one waits.
 SMALL = 128 * 1024

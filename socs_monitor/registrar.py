@@ -8,6 +8,7 @@ registration leave the spool. What fails is tried again or becomes a dead letter
 from __future__ import annotations
 
 import heapq
+import os
 import random
 import threading
 import time
@@ -16,14 +17,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from socs_monitor import crashpoint, events
-from socs_monitor.finder import RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
+from socs_monitor.checksum import fingerprint
+from socs_monitor.finder import RETRY_FIRST_S, RETRY_MAX_S, SMALL, Hashed, Policy, archived, look, retry_delay
 from socs_monitor.hashers import Hashers
 from socs_monitor.intake import BATCH, SPOOL_ADVICE, Intake
+from socs_monitor.messages import brief
 from socs_monitor.settling import Settling
 from socs_monitor.spool import MAX_DEAD, Failure, Registration, Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import GIVEN_UP_S, Stats
-from socs_monitor.suprsync import Database, DatabaseUnavailableError, RowRefusedError
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 
 # What the hashers did is written at such intervals (seconds), and when they are done: a commit for each is dear.
 _COLLECT_EVERY_S = 0.03
@@ -74,6 +77,7 @@ class Registrar:
         self._settling = Settling(self._policy.settle_after)
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
+        self._unstable: dict[int, int] = {}  # how often a file had changed before its row was written
         self._database_identity = self._database.identity
         self._backoff_s = _BACKOFF_FIRST_S
         self._blocked_until = 0.0
@@ -159,14 +163,14 @@ class Registrar:
             self._owed.popleft()
 
     def _busy(self) -> bool:
-        return bool(self._hashers or self._unwritten or self._owed)
+        return bool(self._hashers or self._work or self._unwritten or self._owed)
 
     def _patience(self) -> float:
         """Seconds until there is something to do of itself."""
         now = self._clock()
         if self._blocked_until > now:
             return self._blocked_until - now
-        if self._owed:
+        if self._owed or self._work:
             return 0.0
         times = [self._settling.due]
         if self._waiting:
@@ -315,28 +319,81 @@ class Registrar:
                 self._stats.alarm("given up", text, GIVEN_UP_S)
 
     def _write(self) -> None:
-        """Write the first batch that is unwritten; a row that the database refuses does not hold up the others."""
-        batch = self._unwritten[0]
-        begin = time.perf_counter()
-        try:
-            self._database.register([hashed.file for hashed in batch])
-        except RowRefusedError as error:
-            self._unwritten.popleft()
-            if len(batch) == 1:
-                self._owe(
-                    self._bury, [Failure(batch[0].registration, f"the database refused it: {error}", refused=True)]
-                )
-            else:
-                self._unwritten.extendleft([hashed] for hashed in reversed(batch))
+        """Write the first batch that is unwritten, as far as one short transaction goes."""
+        batch = self._still_valid(self._unwritten.popleft())
+        if not batch:
             return
+        self._unwritten.appendleft(batch)
+        begin = time.perf_counter()
+        outcomes = self._database.register([hashed.file for hashed in batch])
         self._stats.writes.wrote(time.perf_counter() - begin)
         crashpoint.reach("committed")
         self._unwritten.popleft()
+        if len(outcomes) < len(batch):
+            self._unwritten.appendleft(batch[len(outcomes) :])
         self._stats.cured("database", "the database can be written again")
+        done: list[Hashed] = []
+        changed: list[str] = []
+        refused: list[Failure] = []
+        for hashed, outcome in zip(batch, outcomes, strict=False):
+            registration = hashed.registration
+            self._unstable.pop(registration.id, None)
+            if outcome.refusal is not None:
+                refused.append(Failure(registration, brief(outcome.refusal), refused=True))
+                continue
+            done.append(hashed)
+            if outcome.changed and registration.id not in self._settling.changed:
+                changed.append(registration["pub_id"])
+        if refused:
+            self._owe(self._bury, refused)
+        if done:
+            self._registered(done, changed)
+
+    def _still_valid(self, batch: list[Hashed]) -> list[Hashed]:
+        """Return those of a batch whose files are still what was hashed; hash the others again.
+
+        Rows must never claim content that was replaced, or a file that SupRsync removed, while the database was
+        locked. A registration whose re-check has become void is settled instead.
+        """
+        valid: list[Hashed] = []
+        void = self._settling.void(batch)
+        for hashed in batch:
+            registration, file, before = hashed
+            if registration.id in void:
+                continue
+            try:
+                after = fingerprint(os.stat(file.entry.local_path))
+            except OSError:
+                after = None
+            if after == before:
+                valid.append(hashed)
+            else:
+                self._hash_again(registration)
+        if void:
+            self._owe(self._settle_void, void)
+        return valid
+
+    def _hash_again(self, registration: Registration) -> None:
+        """Hash a file again that changed before its row was written; after the second time wait longer and longer."""
+        times = self._unstable.get(registration.id, 0)
+        self._unstable[registration.id] = times + 1
+        if times < 2:
+            self._work.append(registration)
+        else:
+            delay = min(RETRY_FIRST_S * 2.0**times, RETRY_MAX_S)
+            reason = f"{registration['path']}: it changes faster than it can be hashed"
+            self._owe(self._wait, [Failure(registration, reason, due=self._clock() + delay)])
+
+    def _settle_void(self, ids: list[int]) -> None:
+        self._database.sync()
+        registrations = self._spool.waiting(ids)
+        self._spool.remove(registrations)
+        self._intake.done(registrations)
+
+    def _registered(self, batch: list[Hashed], changed: list[str]) -> None:
+        """Note what is registered; `changed` are the publishers of files that are new, or have new content."""
         registrations = [hashed.registration for hashed in batch]
-        changed = self._settling.changed
-        first = [registration["pub_id"] for registration in registrations if registration.id not in changed]
-        self._stats.registered(len(batch), first, batch[-1].file.entry.local_path)
+        self._stats.registered(len(batch), changed, batch[-1].file.entry.local_path)
         self._spool.registered(registrations)
         self._intake.done(registrations)
         if self._debug is not None:

@@ -30,6 +30,14 @@ class Registered(NamedTuple):
     fingerprint: int
 
 
+# Archive and remote path of a registration; with the local path they are its key.
+_Key = tuple[str, str]
+
+
+def _key(hashed: Hashed) -> _Key:
+    return hashed.file.entry.archive_name, hashed.file.entry.remote_path
+
+
 class Settling:
     """What is yet to be looked at again. For one thread.
 
@@ -42,6 +50,8 @@ class Settling:
         self._batches: list[tuple[float, int, list[Registered]]] = []  # heap by time of the look
         self._serial = itertools.count()
         self._delays: dict[int, float] = {}  # seconds to the next look, for files that had changed
+        self._keys: dict[str, dict[int, _Key]] = {}  # of what is yet to be settled, by path and id
+        self._superseded: set[int] = set()
 
     @property
     def due(self) -> float:
@@ -54,6 +64,47 @@ class Settling:
         delays = [self._delays[entry.id] for entry in entries if entry.id in self._delays] if self._delays else ()
         due = now + max(delays, default=self._settle_after)
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
+        for hashed in batch:
+            self._note(hashed)
+
+    def _note(self, hashed: Hashed) -> None:
+        """Let a registration supersede those of other keys of its path that were announced before it."""
+        id_, key = hashed.registration.id, _key(hashed)
+        known = self._keys.setdefault(hashed.file.entry.local_path, {})
+        for other in known:
+            if known[other] != key:
+                self._superseded.add(min(other, id_))
+        known[id_] = key
+
+    def void(self, batch: Sequence[Hashed]) -> list[int]:
+        """Return the ids of the registrations in a batch that have a row already and are superseded; forget them.
+
+        Another key of their path was announced later, so the file's new content belongs to that key. Registering
+        it under the former key, too, would replace the former version in the archive.
+        """
+        void: list[int] = []
+        again = [
+            hashed for hashed in batch if hashed.registration.id in self._keys.get(hashed.file.entry.local_path, ())
+        ]
+        if again:
+            for hashed in batch:
+                known = self._keys.get(hashed.file.entry.local_path, {})
+                id_, key = hashed.registration.id, _key(hashed)
+                self._superseded.update(other for other in known if known[other] != key and other < id_)
+            for hashed in again:
+                id_ = hashed.registration.id
+                if id_ in self._superseded:
+                    void.append(id_)
+                    self._forget(id_, hashed.file.entry.local_path)
+        return void
+
+    def _forget(self, id_: int, path: str) -> None:
+        self._delays.pop(id_, None)
+        self._superseded.discard(id_)
+        known = self._keys.get(path, {})
+        known.pop(id_, None)
+        if not known:
+            self._keys.pop(path, None)
 
     @property
     def changed(self) -> Container[int]:
@@ -64,7 +115,8 @@ class Settling:
         """Look at all files that are due.
 
         Returns:
-            The ids of those that are settled, and those that changed.
+            The ids of those that are settled, and those that changed. A file that changed after another key of its
+            path was announced is settled as well.
         """
         settled: list[int] = []
         changed: list[Registered] = []
@@ -74,8 +126,8 @@ class Settling:
                 after = fingerprint(os.stat(path))
             except OSError:  # its row is there, and a file that is gone has nothing to add
                 after = before
-            if after == before:
-                self._delays.pop(id_, None)
+            if after == before or id_ in self._superseded:
+                self._forget(id_, path)
                 settled.append(id_)
             else:
                 delay = self._delays.get(id_, self._settle_after)

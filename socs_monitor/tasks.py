@@ -14,7 +14,7 @@ from socs_monitor.registrar import Registrar
 from socs_monitor.spool import Spool
 from socs_monitor.spoolfile import SpoolError
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync import DatabaseUnavailableError
+from socs_monitor.suprsync.database import DatabaseUnavailableError
 
 
 class Tasks:
