@@ -11,7 +11,6 @@ import functools
 import gc
 import ipaddress
 import os
-import queue
 import signal
 import threading
 import time
@@ -31,18 +30,18 @@ from twisted.internet.task import LoopingCall
 from socs_monitor import messages, options, statsfeed, udp
 from socs_monitor.archive import create_remote_path
 from socs_monitor.feeds import Feeds
-from socs_monitor.intake import Intake
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
-from socs_monitor.registrar import Registrar
+from socs_monitor.registration.registrar import Registrar
 from socs_monitor.report import Report
 from socs_monitor.sequences import Sequences
 from socs_monitor.siteconfig import parse_args
-from socs_monitor.spool import MAX_BYTES, Incoming, Spool
-from socs_monitor.spoolfile import SpoolError
+from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.intake import FileQueue, Intake
+from socs_monitor.spool.store import MAX_BYTES, Incoming, Spool
 from socs_monitor.stats import Stats
 from socs_monitor.statsfeed import StatsFeed
-from socs_monitor.suprsync import Database
+from socs_monitor.suprsync.database import Database
 from socs_monitor.tasks import Tasks
 
 __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
@@ -77,7 +76,7 @@ class PysmurfMonitor(DatagramProtocol):
     Attributes:
         agent (ocs.ocs_agent.OCSAgent): OCSAgent object.
         log (txaio.tx.Logger): txaio logger object created by agent.
-        file_queue (queue.Queue): Queue containing metadata for registered files: for each a dict, the payload
+        file_queue (queue.Queue): Queue containing metadata for registered files: for each a dict, the payload's scalars
             and the publisher's id as ``pub_id``. What is on it is in the spool, too.
         db_path (str): Path to the suprsync database where files should be entered.
         running (bool): True if the main process is running.
@@ -87,7 +86,7 @@ class PysmurfMonitor(DatagramProtocol):
     def __init__(self, agent: Any, args: argparse.Namespace) -> None:
         self.agent = agent
         self.log = agent.log
-        self.file_queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.file_queue = FileQueue()
         self.db_path: str = args.db_path
         self.running = False
         self.echo_sql: bool = args.echo_sql
@@ -121,7 +120,8 @@ class PysmurfMonitor(DatagramProtocol):
             report=self._stats.reporter("warn", "database"),
         )
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
-        return Registrar(self._intake, self._spool, database, self._stats, options.policy(self._args), debug)
+        policy = options.policy(self._args)
+        return Registrar(self._intake, self.file_queue, self._spool, database, self._stats, policy, debug)
 
     @functools.cached_property
     def _report(self) -> Report:
@@ -197,8 +197,8 @@ class PysmurfMonitor(DatagramProtocol):
         kind = message.envelope["type"]
         stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
-            text = _data if isinstance(_data, str) else _data.decode()
-            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", text))
+            meta = messages.reduce(message.meta)
+            self._intake.put(meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", messages.encode(kind, meta)))
         elif self._intake.overloaded:
             stats.unpublished["overload"] += 1
         elif isinstance(message, SessionMessage):

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 Meta = Mapping[str, Any]
 
+# What Linux takes for one slash. A symbolic ".." is not resolved: only the file system knows where that leads.
+_SLASHES = re.compile(r"/(?:\.?/)+")
+
 SMURF = "smurf"
 TIMESTREAMS = "timestreams"
 
@@ -40,6 +43,11 @@ class Entry(NamedTuple):
     local_path: str
     remote_path: str
     deletable: bool
+
+
+def collapse(path: str) -> str:
+    """Return a path with ``//`` and ``/./`` written as ``/``, so that one file has one spelling."""
+    return _SLASHES.sub("/", path) if "//" in path or "/./" in path else path
 
 
 def create_remote_path(meta: Meta, archive_name: str) -> str:
@@ -124,7 +132,7 @@ def candidates(meta: Meta) -> Iterator[Entry]:
     Raises:
         ArchiveError: If the registration can never become a row.
     """
-    path = meta["path"]
+    path = collapse(meta["path"])
     if not path.startswith("/"):
         raise ArchiveError(f"path {path!r} is not absolute: only its sender knows where that is")
     archive_name = meta.get("archive_name", SMURF)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from socs_monitor import archive, messages
-from socs_monitor.spool import Incoming
-from socs_monitor.suprsync import Database
+from socs_monitor.spool.store import Incoming
+from socs_monitor.suprsync.database import Database
 
 # A file that changed within this time (seconds) may still be written; the streamer writes several times a second.
 QUIET_S = 120.0

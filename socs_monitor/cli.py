@@ -15,7 +15,7 @@ from collections.abc import Collection
 from socs_monitor import __version__
 from socs_monitor.client import ClientError
 from socs_monitor.commands.shared import NotDoneError
-from socs_monitor.spoolfile import SpoolError
+from socs_monitor.spool.file import SpoolError
 
 COMMANDS = {
     "status": "whether files get through, at a glance",

@@ -104,6 +104,12 @@ class _MetadataPayload(TypedDict):
     value: Any
 
 
+# What is kept of a registration: fields, and characters of a string. pysmurf sends nine fields, the longest a path.
+MAX_FIELDS = 32
+MAX_STRING = 1024
+_SCALARS = (int, float, type(None))
+_KEPT = ("path", "pub_id", *_FilePayload.__annotations__, "plot")
+
 _validate_envelope = TypeAdapter(_Envelope).validator.validate_python
 _validate_file = TypeAdapter(_FilePayload).validator.validate_python
 _validate_metadata = TypeAdapter(_MetadataPayload).validator.validate_python
@@ -151,6 +157,26 @@ def parse_file(datagram: bytes | str) -> DataFile | G3File:
     if not isinstance(message, (DataFile, G3File)):
         raise MessageError("no registration", str(message.envelope["type"])[:40])
     return message
+
+
+def reduce(meta: JSON) -> JSON:
+    """Return what is kept of a registration's metadata, so that no sender can fill the memory.
+
+    These are the path, whole, and up to `MAX_FIELDS` scalars, strings of up to `MAX_STRING` characters.
+    """
+    kept = {
+        key: value
+        for key, value in meta.items()
+        if key == "path" or isinstance(value, _SCALARS) or (isinstance(value, str) and len(value) <= MAX_STRING)
+    }
+    if len(kept) > MAX_FIELDS:
+        kept = {key: kept[key] for key in (*_KEPT, *kept)[:MAX_FIELDS] if key in kept}
+    return kept
+
+
+def encode(kind: str, meta: JSON) -> str:
+    """Return a datagram of type `kind` that brings reduced metadata, as JSON text."""
+    return json.dumps({"id": meta["pub_id"], "type": kind, "payload": meta})
 
 
 def encode_file(meta: JSON) -> str:

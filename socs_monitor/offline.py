@@ -10,9 +10,10 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from socs_monitor import archive, messages, options, readonly, spoolfile
+from socs_monitor import options, readonly
 from socs_monitor.report import OLDEST_S
-from socs_monitor.spoolfile import DEAD, PENDING
+from socs_monitor.spool import file
+from socs_monitor.spool.states import State
 
 # Old entries looked at: so many files do not grow at a time.
 _LOOKED_AT = 1000
@@ -38,23 +39,24 @@ def look(configuration: argparse.Namespace, now: float) -> tuple[bool, dict[str,
         OSError: If the spool is not there, or cannot be read.
     """
     path = options.spool_path(configuration)
-    lives = spoolfile.is_locked(path)
+    lives = file.is_locked(path)
     degraded: dict[str, str] = {}
     data: dict[str, Any] = {"timestamp": now, "degraded": degraded, "files": {}}
     with contextlib.ExitStack() as stack:
-        database: sqlite3.Connection | None = None
         try:
             connection = stack.enter_context(contextlib.closing(readonly.connect(configuration.db_path)))
             data["files"] |= _last_of(connection)
-            database = connection
         except (sqlite3.Error, OSError) as error:
             degraded["database"] = f"the database {configuration.db_path} cannot be read: {error}"
         try:
             spool = stack.enter_context(contextlib.closing(readonly.connect(path)))
             data["files"] |= _entries_of(spool)
-            data["spool"] = {"bytes": spoolfile.used_bytes(spool), "max_bytes": configuration.spool_size}
-            if (received := _oldest_without_row(spool, database, now - OLDEST_S)) is not None:
-                degraded["oldest"] = f"a registration has waited for its row for {now - received:.0f} s"
+            data["spool"] = {"bytes": file.used_bytes(spool), "max_bytes": configuration.spool_size}
+            oldest = spool.execute(
+                "SELECT received FROM registrations WHERE state = 'pending' ORDER BY id LIMIT 1"
+            ).fetchone()
+            if oldest is not None and now - oldest[0] > OLDEST_S:
+                degraded["oldest"] = f"a registration has waited for its row for {now - oldest[0]:.0f} s"
         except (sqlite3.Error, OSError) as error:
             degraded["spool"] = f"the spool {path} cannot be read: {error}"
     if lives:
@@ -72,32 +74,14 @@ def _last_of(database: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _entries_of(spool: sqlite3.Connection) -> dict[str, int]:
-    """How many entries are in which state; of the unsettled ones the agent alone knows which have their row."""
+    """Return how many registrations are in which state."""
     counts = dict(spool.execute("SELECT state, count(*) FROM registrations GROUP BY state"))
-    return {"unsettled": counts.get(PENDING, 0), "waiting": counts.get("waiting", 0), "dead": counts.get(DEAD, 0)}
-
-
-def _oldest_without_row(spool: sqlite3.Connection, database: sqlite3.Connection | None, before: float) -> float | None:
-    """When the oldest entry arrived of those that came before a time, and have no row since.
-
-    An entry whose file goes on growing has its row, and is not settled for as long as it grows.
-    """
-    for received, message in spool.execute(
-        "SELECT received, message FROM registrations WHERE state = 'pending' AND received < ? ORDER BY id LIMIT ?",
-        (before, _LOOKED_AT),
-    ):
-        if database is None or not _has_row(database, message, received):
-            return float(received)
-    return None
-
-
-def _has_row(database: sqlite3.Connection, message: str, received: float) -> bool:
-    try:
-        paths = [entry.local_path for entry in archive.candidates(messages.parse_file(message).meta)]
-    except archive.ArchiveError:
-        return False
-    query = "SELECT 1 FROM supersync_v0 WHERE local_path = ? AND timestamp >= ?"
-    return any(database.execute(query, (path, received)).fetchone() for path in paths)
+    return {
+        "pending": counts.get(State.PENDING, 0),
+        "waiting": counts.get(State.WAITING, 0),
+        "settling": counts.get(State.REGISTERED, 0),
+        "dead": counts.get(State.DEAD, 0),
+    }
 
 
 def sockets_on(port: int) -> list[UdpSocket]:

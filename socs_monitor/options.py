@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from socs_monitor import spool
 from socs_monitor.defaults import DB_PATH, INSTANCE, UDP_PORT
-from socs_monitor.finder import Policy
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.spool.store import MAX_BYTES
 from socs_monitor.udp import BUFFER
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -81,7 +81,7 @@ def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argum
     group.add_argument(
         "--spool-size",
         type=int,
-        default=spool.MAX_BYTES,
+        default=MAX_BYTES,
         metavar="BYTES",
         help="Size up to which the spool takes registrations. Default: %(default)s",
     )
@@ -151,7 +151,7 @@ def spool_path(args: argparse.Namespace) -> str:
 def policy(args: argparse.Namespace) -> Policy:
     """How files are treated."""
     return Policy(
-        data_roots=tuple(os.path.realpath(root) for root in getattr(args, "data_root", ())),
+        data_roots=tuple(os.path.abspath(root) for root in getattr(args, "data_root", ())),
         own=(os.path.realpath(args.db_path), os.path.realpath(spool_path(args))),
         hash_workers=getattr(args, "hash_workers", Policy.hash_workers),
         give_up_after=getattr(args, "give_up_after", Policy.give_up_after),

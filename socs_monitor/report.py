@@ -10,9 +10,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from socs_monitor.intake import Intake
 from socs_monitor.sequences import Sequences
-from socs_monitor.spool import Spool
+from socs_monitor.spool.intake import Intake
+from socs_monitor.spool.store import Spool
 from socs_monitor.stats import Stats
 from socs_monitor.udp import Receiver
 

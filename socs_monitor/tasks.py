@@ -9,12 +9,12 @@ from typing import Any
 from ocs import ocs_agent
 
 from socs_monitor.backfill import Scan, registration_of
-from socs_monitor.intake import Intake
-from socs_monitor.registrar import Registrar
-from socs_monitor.spool import Spool
-from socs_monitor.spoolfile import SpoolError
+from socs_monitor.registration.registrar import Registrar
+from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.intake import Intake
+from socs_monitor.spool.store import Spool
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync import DatabaseUnavailableError
+from socs_monitor.suprsync.database import DatabaseUnavailableError
 
 
 class Tasks:

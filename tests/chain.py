@@ -26,7 +26,7 @@ from socs_monitor.intake import Intake
 from socs_monitor.registrar import Registrar
 from socs_monitor.spool import DEAD, PENDING, SETTLING, STATES, WAITING, Incoming, Spool
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync import Database
+from socs_monitor.suprsync.database import Database
 from tests.harness import rows
 
 SETTLE_S = Policy().settle_after

@@ -12,7 +12,7 @@ from socs_monitor import client, options
 from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.commands.shared import NotDoneError, add_agent_arguments
 from socs_monitor.commands.stopped import spool_of_stopped_agent
-from socs_monitor.suprsync import DatabaseUnavailableError
+from socs_monitor.suprsync.database import DatabaseUnavailableError
 
 _POLL_S = 0.5
 

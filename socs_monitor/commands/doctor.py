@@ -10,10 +10,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from socs_monitor import client, options, spoolfile
+from socs_monitor import client, options
 from socs_monitor.commands import checks
 from socs_monitor.commands.checks import Finding, Verdict
 from socs_monitor.commands.shared import add_agent_arguments, console, plain
+from socs_monitor.spool import file
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     data: dict[str, Any] = {}
     lives = False
     with contextlib.suppress(OSError):  # `permissions` tells
-        lives = spoolfile.is_locked(options.spool_path(configuration))
+        lives = file.is_locked(options.spool_path(configuration))
     yield from _agent(args, lives, data)
     for what, findings in {
         "UDP port": checks.port(configuration, lives),

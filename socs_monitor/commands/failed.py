@@ -13,7 +13,7 @@ from rich.text import Text
 from socs_monitor import client, options
 from socs_monitor.commands.shared import NotDoneError, add_agent_arguments, console, plain, utc
 from socs_monitor.commands.stopped import spool_of_stopped_agent
-from socs_monitor.spool import Spool
+from socs_monitor.spool.store import Spool
 
 Letters = list[dict[str, Any]]
 Ids = list[int] | None

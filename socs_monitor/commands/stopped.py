@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 
 from socs_monitor.commands.shared import NotDoneError
-from socs_monitor.spool import Spool
-from socs_monitor.spoolfile import SpoolBusyError
+from socs_monitor.spool.file import SpoolBusyError
+from socs_monitor.spool.store import Spool
 
 
 @contextlib.contextmanager

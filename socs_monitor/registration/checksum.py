@@ -1,8 +1,8 @@
 """Opening a registered path safely, and its MD5 sum.
 
-A sender names the path, so nothing but a regular file is ever opened. A path outside of the data roots is refused by its
-text alone, before any I/O. Otherwise the path is resolved once to an ``O_PATH`` descriptor, which touches no device and
-waits for no FIFO; the checks, the opening and the reading go through that descriptor. What is checked is what is hashed.
+A sender names the path, so nothing but a regular file is ever opened. A path outside of the data roots is refused by
+its text alone, before any I/O. Otherwise the path is resolved once to an ``O_PATH`` descriptor, which touches no device
+and waits for no FIFO. The checks, the opening and the reading go through that descriptor: what is checked is hashed.
 """
 
 from __future__ import annotations
@@ -222,9 +222,7 @@ class Reading:
         """
         file, status = _open(self.path, self._access)
         try:
-            if self._first is not None and (
-                not os.path.samestat(status, self._first) or status.st_size < self._offset
-            ):
+            if self._first is not None and (not os.path.samestat(status, self._first) or status.st_size < self._offset):
                 self._begin()
             if self._first is None:
                 self._first = status

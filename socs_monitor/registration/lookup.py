@@ -12,8 +12,8 @@ from socs_monitor.spool.store import Due, Registration
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 60.0
 
-# The file of a row is checked again after `Policy.settle_after`, then after twice as long each time that it changed, up to
-# this (seconds).
+# The file of a row is checked again after `Policy.settle_after`, then after twice as long each time that it changed, up
+# to this (seconds).
 RECHECK_MAX_S = 60.0
 
 # Doublings after which every delay has reached its maximum.
@@ -66,7 +66,7 @@ def parse(row: Due) -> Registration:
         messages.MessageError: If this version cannot parse it.
     """
     meta = messages.parse_file(row.message or "").meta
-    return Registration(meta, row.id, row.received, row.sender, row.attempts, row.changes)
+    return Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds)
 
 
 def retry_delay(attempts: int) -> float:
@@ -82,9 +82,9 @@ def is_given_up(attempts: int, give_up_after: float) -> bool:
     return looked_for + max(0, attempts - _DOUBLINGS) * RETRY_MAX_S >= give_up_after
 
 
-def recheck_delay(changes: int, settle_after: float) -> float:
-    """Return the seconds until a file is checked again that had changed `changes` times."""
-    return min(settle_after * 2.0 ** min(changes, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
+def recheck_delay(rounds: int, settle_after: float) -> float:
+    """Return the seconds until a file is checked again that was registered again `rounds` times."""
+    return min(settle_after * 2.0 ** min(rounds, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
 
 
 def duration(seconds: float) -> str:

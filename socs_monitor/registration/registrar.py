@@ -1,9 +1,10 @@
 """The loop of ``run``: from accepted to registered.
 
-Each step takes what is new from ``file_queue`` and what is due in the spool, hands it to the workers, registers what they
-have hashed, and applies the transitions (`spool.states`) in one spool transaction. The loop does no file I/O. It has its
-own thread, so it may wait for the database or the spool: a write that fails is retried in place until it succeeds or `run`
-is stopped. A stop or a crash at any point leaves the spool as the truth, and repeating work is harmless.
+Each step takes what is new from ``file_queue`` and what is due in the spool, hands it to the workers, registers what
+they have hashed, and applies the transitions (`spool.states`) in one spool transaction. The loop does no file I/O. It
+has its own thread, so it may wait for the database or the spool: a write that fails is retried in place until it
+succeeds or `run` is stopped. A stop or a crash at any point leaves the spool as the truth, and repeating work is
+harmless.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from socs_monitor.spool.intake import BATCH, SPOOL_ADVICE, FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Due, Registration, Spool, Transition
 from socs_monitor.stats import GIVEN_UP_S, Stats
-from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.upsert import HashedFile
 
 T = TypeVar("T")
 
@@ -69,7 +71,7 @@ class _Registered(NamedTuple):
 
     path: str
     fingerprint: int
-    changes: int
+    rounds: int
     before: tuple[int, ...]
 
 
@@ -113,7 +115,7 @@ class Registrar:
         self._stopping = threading.Event()
 
     def run(self, once: bool = False) -> None:
-        """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands; then close the database."""
+        """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands."""
         try:
             self.begin()
             while not self._stopping.is_set():
@@ -209,8 +211,8 @@ class Registrar:
         if folders := self._parking.folders:
             self._stats.trouble(
                 "disk_hangs",
-                f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere are"
-                " not affected. The disk is tried again every minute. Check it with: df -h",
+                f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere"
+                " are not affected. The disk is tried again every minute. Check it with: df -h",
             )
         else:
             self._stats.cured("disk_hangs", "all disks answer again")
@@ -300,6 +302,8 @@ class Registrar:
     def _register(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Failed]:
         """Write rows for hashed files; return those that can have none."""
         refused: list[Failed] = []
+        if any(one.registration.rounds for one in hashed):
+            hashed = self._without_superseded(hashed, transitions)
         if self._is_late:
             hashed = self._verified(hashed)
         while hashed:
@@ -334,6 +338,25 @@ class Registrar:
                 transitions += self._committed(registered)
         return refused
 
+    def _without_superseded(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Hashed]:
+        """Leave out files that have a row already and were announced again later, under whatever key.
+
+        That announcement takes care of the new content. Under the former key it would replace the archived version.
+        """
+        latest: dict[str, int] = {}
+        for registration, file, _ in hashed:
+            path = file.entry.local_path
+            latest[path] = max(registration.id, latest.get(path, 0), self._latest.get(path, 0))
+        superseded = {
+            one.registration.id
+            for one in hashed
+            if one.registration.rounds and latest[one.file.entry.local_path] != one.registration.id
+        }
+        if superseded:
+            self._sync()
+            transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
+        return [one for one in hashed if one.registration.id not in superseded]
+
     def _verified(self, hashed: list[Hashed]) -> list[Hashed]:
         """Return those files that are still what was hashed; the others go back to the workers."""
         answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
@@ -350,26 +373,26 @@ class Registrar:
 
     def _committed(self, registered: Sequence[Hashed]) -> list[Transition]:
         """Return the transitions of files whose rows were committed, and remember what their re-check needs."""
-        by_delay: dict[int, list[int]] = {}
+        by_rounds: dict[int, list[int]] = {}
         for registration, (entry, md5), fingerprint in registered:
-            id_, path, changes = registration.id, entry.local_path, registration.changes
+            id_, path, rounds = registration.id, entry.local_path, registration.rounds
             before: tuple[int, ...] = ()
             if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
                 before = (*self._registered[former].before, former)
             self._latest[path] = id_
-            self._registered[id_] = _Registered(path, fingerprint, changes, before)
-            by_delay.setdefault(changes, []).append(id_)
+            self._registered[id_] = _Registered(path, fingerprint, rounds, before)
+            by_rounds.setdefault(rounds, []).append(id_)
             if self._debug is not None:
                 where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
                 keys = {"id": registration["pub_id"], **where, "md5": md5}
                 self._debug(events.line("registered", "registered", keys))
         return [
-            Transition(State.PENDING, Event.COMMITTED, ids, self._recheck_at(changes))
-            for changes, ids in by_delay.items()
+            Transition(State.PENDING, Event.COMMITTED, ids, self._recheck_at(rounds))
+            for rounds, ids in by_rounds.items()
         ]
 
-    def _recheck_at(self, changes: int) -> float:
-        due = self._monotonic() + lookup.recheck_delay(changes, self._policy.settle_after)
+    def _recheck_at(self, rounds: int) -> float:
+        due = self._monotonic() + lookup.recheck_delay(rounds, self._policy.settle_after)
         return math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
 
     def _judge(self, failed: Iterable[Failed]) -> list[Transition]:

@@ -1,12 +1,12 @@
 """All file operations, done by threads that can be abandoned.
 
-The quick worker takes batches of tasks: it looks files up, hashes small ones and checks registered ones again. What is
-larger is hashed by the other workers, slice by slice: whoever is free takes the file of which least was read, so that no
+The quick worker takes batches of tasks: it looks files up, hashes small ones and checks registered ones again. Larger
+ones are hashed by the other workers, slice by slice: a free worker takes the file of which least was read, so that no
 file, however large, makes another one wait. Registrations of the same path share one reading.
 
-A worker that makes no progress for `HANG_S` is abandoned, for a thread in a system call cannot be ended. Another one takes
-its place, its task fails with the reason "reading the file hangs", and its folder is parked (`parking`): the files there
-fail at once, until the worker or a probe comes back.
+A worker that makes no progress for `HANG_S` is abandoned, for a thread in a system call cannot be ended. Another one
+takes its place, its task fails with the reason "reading the file hangs", and its folder is parked (`parking`): the
+files there fail at once, until the worker or a probe comes back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from socs_monitor.registration.checksum import (
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
 from socs_monitor.spool.store import Registration
-from socs_monitor.suprsync import HashedFile
+from socs_monitor.suprsync.upsert import HashedFile
 
 # Files up to this size (bytes) are hashed by the quick worker, in turn.
 SMALL = 128 * 1024
@@ -302,8 +302,6 @@ class Workers:
                 break
             parked = self._parking and self._parking.covers(_path_of(task))
             result = _failure(task, HANGS) if parked else self._attempt(task)
-            if worker.abandoned:  # this task has been answered for
-                return
             results.append(result)
             worker.progress += 1
         with self._lock:
@@ -326,7 +324,8 @@ class Workers:
                 return self._recheck(task)
             if isinstance(task, Verify):
                 return self._verify(task.hashed)
-            return self._hash_path(task)
+            self._share(task.path, task.deliver)
+            return None
         except (ArchiveError, FileRefusedError) as error:
             return _failure(task, str(error), refused=True)
         except OSError as error:
@@ -359,9 +358,6 @@ class Workers:
         if present_fingerprint(hashed.file.entry.local_path, self._access) == hashed.fingerprint:
             return hashed
         return Failed(hashed.registration, "the file changed")
-
-    def _hash_path(self, task: Hash) -> None:
-        self._share(task.path, task.deliver)
 
     # --- large files
 

@@ -3,7 +3,7 @@
 A private SQLite file in WAL mode, opened by one process at a time (``flock`` on the file ``<spool>.lock``), with one
 table. Layout, version 2 (``PRAGMA user_version``)::
 
-    registrations(id, state, received, sender, message, attempts, changes, due, reason, refused)
+    registrations(id, state, received, sender, message, attempts, rounds, due, reason, refused)
 
     id        in the order of arrival, never used twice
     state     one of `states.STORED`
@@ -11,15 +11,15 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     sender    host:port
     message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
     attempts  number of failed attempts to read its file
-    changes   number of times that its file had changed after its row was committed
+    rounds   number of times that its file had changed after its row was committed
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
               is dead. A start assigns it anew, since that clock begins again with each boot
     reason    why it waits or is dead
     refused   1 if the message itself can never become a row, 0 if its file failed
 
-The registrations of a version 1 file are taken over as newly received ones. A corrupt file, or one of an unknown version,
-is renamed to ``<spool>.<unix time>.set-aside`` together with its journal and reported, and a new file is started: it is
-never overwritten, and never a reason not to start.
+The registrations of a version 1 file are taken over as newly received ones. A corrupt file, or one of an unknown
+version, is renamed to ``<spool>.<unix time>.set-aside`` together with its journal and reported, and a new file is
+started: it is never overwritten, and never a reason not to start.
 
 The file keeps `RESERVE` bytes of free pages, and its journal has the same size, so that registrations can still be
 written when the disk is full.
@@ -63,7 +63,7 @@ CREATE TABLE registrations (
     sender TEXT NOT NULL,
     message TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,
-    changes INTEGER NOT NULL DEFAULT 0,
+    rounds INTEGER NOT NULL DEFAULT 0,
     due REAL,
     reason TEXT,
     refused INTEGER NOT NULL DEFAULT 0

@@ -2,8 +2,8 @@
 
 The reactor thread only appends to a list (`Intake.put`) and hands it over after each reading of the socket
 (`Intake.commit`). A thread of the intake writes what has come together into the spool with one commit, and only then
-puts it on ``file_queue``. So a slow disk holds up neither the socket nor a heartbeat, and whatever is on the queue is on
-the disk.
+puts it on ``file_queue``. So a slow disk holds up neither the socket nor a heartbeat, and whatever is on the queue is
+on the disk.
 
 The queue is a window on the spool, not a second store: a registration for which it has no room is due in the spool at
 once, and is taken up from there.
@@ -51,8 +51,8 @@ Meta = dict[str, Any]
 class FileQueue(queue.Queue[Meta]):
     """The queue ``file_queue`` between the intake and the registrar.
 
-    It is bounded by what `has_room` says, which `put` does not ask: nobody who puts is ever made to wait. The memory that
-    it has room for is free again when it is empty.
+    It is bounded by what `has_room` says, which `put` does not ask: nobody who puts is ever made to wait. Memory counts
+    as free again when the queue is empty.
     """
 
     def _init(self, maxsize: int) -> None:
@@ -165,8 +165,8 @@ class Intake:
                 self._stats.log(
                     "error",
                     "registrations_lost",
-                    f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy these"
-                    f" files until they are announced again: {some}. Run: socs-monitor send FILE...",
+                    f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy"
+                    f" these files until they are announced again: {some}. Run: socs-monitor send FILE...",
                     count=len(paths),
                 )
         self._spool.close()

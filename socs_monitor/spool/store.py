@@ -1,4 +1,4 @@
-"""The spool: every accepted registration until its row is safe, and the only place that changes a registration's state.
+"""The spool: every accepted registration until its row is safe, and the only place that rounds a registration's state.
 
 What the file looks like is in `file`, the states and transitions in `states`. What is promised:
 
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from socs_monitor import crashpoint, messages
+from socs_monitor import messages
 from socs_monitor.spool import file
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
@@ -55,7 +55,7 @@ _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
-_COLUMNS = "id, state, attempts, changes, received, sender"
+_COLUMNS = "id, state, attempts, rounds, received, sender"
 # What is scheduled goes before the backlog, so that re-checks keep up with it.
 _DUE = [
     f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
@@ -68,7 +68,7 @@ _HOLD = (
 )
 _NEXT_DUE = "SELECT min(due) FROM registrations WHERE due IS NOT NULL"
 
-# How a transition to each state changes a row: `:due` and `:reason` are the transition's.
+# How a transition to each state rounds a row: `:due` and `:reason` are the transition's.
 _CHANGES: Mapping[State, str] = {
     State.PENDING: "due = :due",
     State.REGISTERED: "due = :due",
@@ -76,7 +76,8 @@ _CHANGES: Mapping[State, str] = {
     State.DEAD: "due = NULL, reason = :reason",
 }
 _MORE_CHANGES: Mapping[Event, str] = {
-    Event.CHANGED: ", changes = changes + 1",
+    Event.CHANGED: ", rounds = rounds + 1",
+    Event.RESTARTED: ", rounds = rounds + 1",
     Event.GIVEN_UP: ", attempts = attempts + 1",
     Event.REFUSED: ", refused = 1",
     Event.DUE: ", attempts = 0, refused = 0",
@@ -87,15 +88,15 @@ def _statement(origin: State, event: Event, target: State) -> str:
     where = f"WHERE state = '{origin}' AND id IN (SELECT value FROM json_each(:ids))"
     if target not in STORED:
         return f"DELETE FROM registrations {where}"
-    changes = _CHANGES[target] + _MORE_CHANGES.get(event, "")
-    return f"UPDATE registrations SET state = '{target}', {changes} {where}"
+    rounds = _CHANGES[target] + _MORE_CHANGES.get(event, "")
+    return f"UPDATE registrations SET state = '{target}', {rounds} {where}"
 
 
 _STATEMENTS = {(origin, event): _statement(origin, event, target) for (origin, event), target in TRANSITIONS.items()}
 
-_DROP_OLDEST_DEAD = (
-    "SELECT id FROM registrations WHERE state = 'dead' ORDER BY refused DESC, id LIMIT ?"  # refused ones first
-)
+# Refused ones first: anybody can send those.
+_OLDEST_DEAD = "SELECT id FROM registrations WHERE state = 'dead' ORDER BY refused DESC, id LIMIT ?"
+_REFUSED = "SELECT id FROM registrations WHERE state = 'dead' AND refused = 1"
 
 
 class SpoolFullError(SpoolError):
@@ -122,10 +123,10 @@ class Registration(dict[str, Any]):
         received (float): Unix time of acceptance.
         sender (str): ``host:port``.
         attempts (int): Number of failed attempts to read its file, when it was taken from the spool.
-        changes (int): Number of times that its file had changed after its row was committed, likewise.
+        rounds (int): Number of times that it was taken up again after its row was committed, likewise.
     """
 
-    __slots__ = ("attempts", "changes", "id", "received", "sender")
+    __slots__ = ("attempts", "id", "received", "rounds", "sender")
 
     def __init__(
         self,
@@ -134,14 +135,14 @@ class Registration(dict[str, Any]):
         received: float,
         sender: str,
         attempts: int = 0,
-        changes: int = 0,
+        rounds: int = 0,
     ) -> None:
         self.update(meta)
         self.id = id
         self.received = received
         self.sender = sender
         self.attempts = attempts
-        self.changes = changes
+        self.rounds = rounds
 
 
 class Due(NamedTuple):
@@ -150,7 +151,7 @@ class Due(NamedTuple):
     id: int
     state: State
     attempts: int
-    changes: int
+    rounds: int
     received: float
     sender: str
     message: str | None
@@ -300,14 +301,13 @@ class Spool:
         with self._writing() as db:
             superseded = self._superseded(db)
             restarted = db.execute(
-                "UPDATE registrations SET state = 'pending' WHERE state = 'registered'"
+                "UPDATE registrations SET state = 'pending', rounds = rounds + 1 WHERE state = 'registered'"
                 " AND id NOT IN (SELECT value FROM json_each(?))",
                 (json.dumps(superseded),),
             ).rowcount
             self._move(State.REGISTERED, TRANSITIONS[State.REGISTERED, Event.RESTARTED], restarted)
             db.execute(
-                "UPDATE registrations SET due = 0"
-                " WHERE state IN ('pending', 'registered') AND (due IS NULL OR due > 0)"
+                "UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND (due IS NULL OR due > 0)"
             )
             for (attempts,) in db.execute(
                 "SELECT DISTINCT attempts FROM registrations WHERE state = 'waiting'"
@@ -324,7 +324,7 @@ class Spool:
         latest: dict[str, int] = {}
         registered: dict[int, str] = {}
         for id_, state, announced in db.execute(
-            f"SELECT id, state, {path} FROM registrations WHERE state <> 'dead' AND json_valid(message)"  # noqa: S608
+            f"SELECT id, state, {path} FROM registrations WHERE state <> 'dead' AND json_valid(message)"
             " AND id >= (SELECT min(id) FROM registrations WHERE state = 'registered') ORDER BY id"
         ):
             name = str(announced).removesuffix(".npy")  # senders often leave it out
@@ -357,7 +357,7 @@ class Spool:
             for transition in transitions:
                 self._carry_out(db, transition)
             if (excess := self._counts[State.DEAD] + self._changes[State.DEAD] - MAX_DEAD) > 0:
-                oldest = [id_ for (id_,) in db.execute(_DROP_OLDEST_DEAD, (excess,))]
+                oldest = [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))]
                 self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, oldest))
             return self._take_up(db, now, limit) if limit and self.next_due <= now else []
 
@@ -396,7 +396,7 @@ class Spool:
             return [
                 Due._make(row)
                 for row in db.execute(
-                    f"SELECT {_COLUMNS}, message FROM registrations WHERE {_IDS} ORDER BY id",  # noqa: S608
+                    f"SELECT {_COLUMNS}, message FROM registrations WHERE {_IDS} ORDER BY id",
                     (json.dumps(ids),),
                 )
             ]
@@ -412,7 +412,7 @@ class Spool:
         where, chosen = _chosen(ids)
         with self._reading() as db:
             rows = db.execute(
-                "SELECT id, received, sender, message, attempts, reason, refused"  # noqa: S608
+                "SELECT id, received, sender, message, attempts, reason, refused"
                 f" FROM registrations WHERE {where} ORDER BY id LIMIT ?",
                 (*chosen, limit),
             ).fetchall()
@@ -429,7 +429,7 @@ class Spool:
     def _revise(self, event: Event, ids: Iterable[int] | None) -> int:
         where, chosen = _chosen(ids)
         with self._writing() as db:
-            dead = [id_ for (id_,) in db.execute(f"SELECT id FROM registrations WHERE {where}", chosen)]  # noqa: S608
+            dead = [id_ for (id_,) in db.execute(f"SELECT id FROM registrations WHERE {where}", chosen)]
             return self._carry_out(db, Transition(State.DEAD, event, dead, due=0.0))
 
     def sync(self) -> None:
@@ -455,7 +455,7 @@ class Spool:
     def _has_room(self, db: sqlite3.Connection) -> bool:
         """Look what is free in a large file; if too little, discard refused dead letters: anybody can send those."""
         if file.used_bytes(db) > self.max_bytes:
-            refused = [id_ for (id_,) in db.execute("SELECT id FROM registrations WHERE state = 'dead' AND refused = 1")]
+            refused = [id_ for (id_,) in db.execute(_REFUSED)]
             self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, refused))
         return file.used_bytes(db) <= self.max_bytes
 

@@ -21,7 +21,7 @@ import pytest
 from ocs.ocs_client import OCSClient
 
 from socs_monitor.emulator import MAX_DATAGRAM, Publisher, SmurfServer, data_file
-from socs_monitor.suprsync import Database
+from socs_monitor.suprsync.database import Database
 from tests.harness import OWN_BIN, ROOT, Agent, Router, wait_until
 
 StartAgent = Callable[..., Agent]

@@ -155,6 +155,22 @@ def test_the_suffix_that_numpy_appends_is_looked_for(path: str, file_format: str
     assert remote_names == names
 
 
+@pytest.mark.parametrize(
+    ("path", "spelled"),
+    [
+        ("/data//f.txt", "/data/f.txt"),
+        ("//data/f.txt", "/data/f.txt"),
+        ("/data/./f.txt", "/data/f.txt"),
+        ("/data/.//././/f.txt", "/data/f.txt"),
+        ("/data/../f.txt", "/data/../f.txt"),
+        ("/data/.f.txt", "/data/.f.txt"),
+        ("/data/.../f.", "/data/.../f."),
+    ],
+)
+def test_a_file_has_one_spelling(path: str, spelled: str) -> None:
+    assert next(archive.candidates({**META, "path": path})).local_path == spelled
+
+
 def test_a_registration_without_a_format_may_lack_the_suffix_too() -> None:
     meta = {name: value for name, value in META.items() if name != "format"}
 

@@ -11,7 +11,8 @@ import pytest
 from socs_monitor import backfill, messages
 from socs_monitor.archive import Entry, candidates
 from socs_monitor.backfill import QUIET_S, Scan, registration_of
-from socs_monitor.suprsync import Database, DatabaseUnavailableError, HashedFile
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.upsert import HashedFile
 from tests.chain import Clock
 
 
@@ -34,7 +35,7 @@ class Bench:
 
     def register(self, *paths: str, archive_name: str = "timestreams") -> None:
         database = Database(self.db_path, create_table=True, echo=False, report=print)
-        database.register([HashedFile(Entry(archive_name, path, "a/b/c", True), "0" * 32) for path in paths])
+        database.register([HashedFile(Entry(archive_name, path, path[1:], True), "0" * 32) for path in paths])
         database.close()
 
     def scan(self, root: str | None = None) -> Scan:

@@ -10,7 +10,7 @@ import pytest
 
 from socs_monitor import finder, intake
 from socs_monitor.checksum import checksum
-from tests.chain import SETTLE_S, Chain, Clock, md5
+from tests.chain import SETTLE_S, Chain, Clock, md5, write_lock
 from tests.harness import wait_until
 
 
@@ -60,7 +60,9 @@ def test_one_that_vanishes_while_it_settles_keeps_its_row(chain: Chain, clock: C
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_an_overwritten_file_leaves_no_row_that_cannot_be_copied(chain: Chain, clock: Clock, copied: bool) -> None:
+def test_a_file_that_another_action_overwrites_keeps_the_row_of_the_former_action(
+    chain: Chain, clock: Clock, copied: bool
+) -> None:
     old = chain.write("plot.png", b"old")
     chain.accept("plot.png", action="first")
     chain.step()
@@ -72,9 +74,61 @@ def test_an_overwritten_file_leaves_no_row_that_cannot_be_copied(chain: Chain, c
     chain.step()
 
     first, second = chain.rows()
-    assert first["local_md5sum"] == (old if copied else new)
+    assert (first["local_md5sum"], first["deletable"]) == (old, 0)
     assert (second["local_md5sum"], second["timestamp"]) == (new, clock.now)
     assert "second" in second["remote_path"]
+
+
+def test_a_change_that_was_announced_under_another_action_belongs_to_that_one_alone(chain: Chain, clock: Clock) -> None:
+    old = chain.write("plot.png", b"old")
+    chain.accept("plot.png", action="first")
+    chain.step()
+    clock.advance(1)
+    new = chain.write("plot.png", b"new content")
+    chain.accept("plot.png", action="second")
+    for _ in range(4):
+        chain.step()
+        clock.advance(SETTLE_S)
+
+    assert [row["local_md5sum"] for row in chain.rows()] == [old, new]
+    assert chain.counts() == {"received": 2, "settled": 2}
+
+
+def test_an_announcement_that_comes_with_the_second_look_is_the_only_one_that_takes_the_new_content(
+    chain: Chain, clock: Clock
+) -> None:
+    old = chain.write("plot.png", b"old")
+    chain.accept("plot.png", action="first")
+    chain.step()
+    clock.advance(SETTLE_S + 0.5)
+    new = chain.write("plot.png", b"new content")
+    chain.accept("plot.png", action="second")
+    for _ in range(4):
+        chain.step()
+        clock.advance(SETTLE_S)
+
+    assert [row["local_md5sum"] for row in chain.rows()] == [old, new]
+    assert chain.counts() == {"received": 2, "settled": 2}
+
+
+def test_a_file_that_changes_while_the_database_is_locked_is_hashed_again(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"old")
+    chain.write("b.dat", b"b")
+    chain.accept("other.dat")
+    chain.step()
+    with write_lock(chain.db_path):
+        chain.accept("a.dat")
+        chain.accept("b.dat")
+        assert not chain.step()
+        new = chain.write("a.dat", b"new content")
+        chain.path("b.dat").unlink()
+        clock.advance(5)
+    chain.step()
+    clock.advance(0.1)
+    chain.step()
+
+    assert chain.sums() == {"a.dat": new}, "a removed file has no row that can never be copied"
+    assert chain.counts() == {"received": 3, "settling": 1, "waiting": 2}
 
 
 def test_the_same_path_three_times_in_a_batch(chain: Chain) -> None:

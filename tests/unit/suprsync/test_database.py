@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socs_monitor.archive import Entry
-from socs_monitor.suprsync import (
-    Database,
-    DatabaseUnavailableError,
-    HashedFile,
-    Row,
-    RowRefusedError,
-)
+from socs_monitor.suprsync import database as database_module
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
+from socs_monitor.suprsync.tables import INDEXES
+from socs_monitor.suprsync.upsert import Correction, HashedFile, Row
 from tests.chain import execute, write_lock
 from tests.harness import rows
 
 OLD, NEW = "0" * 32, "1" * 32
-INDEX = "ix_supersync_v0_local_path"
+NAMES = [str(index.name) for index in INDEXES]
+
+INSERTED = RESET = Outcome(True)
+KEPT = Outcome(False)
 
 
 def entry(path: str = "/data/x", action: str = "a") -> Entry:
@@ -75,6 +75,14 @@ def open_database(db_path: str, said: list[str]) -> Iterator[Open]:
         database.close()
 
 
+def register(database: Database, files: list[HashedFile]) -> list[Outcome]:
+    """Register all, in as many transactions as it takes."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(files):
+        outcomes += database.register(files[len(outcomes) :])
+    return outcomes
+
+
 def sums(path: str) -> list[tuple[str, str]]:
     return [(row["remote_path"].split("/")[2], row["local_md5sum"]) for row in rows(path)]
 
@@ -104,7 +112,7 @@ def test_a_row_that_is_overwritten_is_reset_in_place(open_database: Open, db_pat
     assert rows(db_path) == [{**new, "local_md5sum": NEW, "timestamp": new["timestamp"] + 1, **reset}]
 
 
-def test_a_row_that_waits_for_its_copy_takes_the_new_sum_and_new_attempts(open_database: Open, db_path: str) -> None:
+def test_a_row_of_another_key_keeps_its_content_and_may_no_longer_delete(open_database: Open, db_path: str) -> None:
     database = open_database()
     database.register([file(OLD, action="a")])
     execute(db_path, "UPDATE supersync_v0 SET remote_md5sum = 'of a failed copy', copied = 7, failed_copy_attempts = 3")
@@ -112,17 +120,129 @@ def test_a_row_that_waits_for_its_copy_takes_the_new_sum_and_new_attempts(open_d
     database.register([file(NEW, action="b")])
 
     first, second = rows(db_path)
-    assert first == {**waiting, "local_md5sum": NEW, "failed_copy_attempts": 0}
-    assert (second["local_md5sum"], second["timestamp"]) == (NEW, waiting["timestamp"] + 1)
+    assert first == {**waiting, "deletable": 0}
+    assert (second["local_md5sum"], second["deletable"]) == (NEW, 1)
+
+
+def test_a_verified_row_of_a_removed_file_that_is_back_is_no_longer_removed(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(NEW)])
+    execute(db_path, "UPDATE supersync_v0 SET remote_md5sum = ?, copied = 7, removed = 8, deletable = 0", NEW)
+    (archived,) = rows(db_path)
+
+    assert database.register([file(NEW)]) == [KEPT]
+    assert rows(db_path) == [{**archived, "removed": None, "deletable": 1, "timestamp": archived["timestamp"] + 1}]
+
+
+def test_a_row_that_was_given_up_is_copied_again(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(NEW)])
+    execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 6, removed = 0, ignore = 1")
+    (given_up,) = rows(db_path)
+
+    assert database.register([file(NEW)]) == [KEPT]
+    assert rows(db_path) == [{**given_up, "removed": None, "failed_copy_attempts": 0}]
+
+
+@pytest.mark.parametrize(("md5", "ignore"), [(OLD, 0), (NEW, 1)])
+def test_a_person_ignores_content_not_a_file(open_database: Open, db_path: str, md5: str, ignore: int) -> None:
+    database = open_database()
+    database.register([file(NEW)])
+    execute(db_path, "UPDATE supersync_v0 SET ignore = 1")
+    database.register([file(md5)])
+
+    assert [row["ignore"] for row in rows(db_path)] == [ignore]
+
+
+def test_several_rows_of_a_key_become_one_that_counts(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(NEW)])
+    execute(db_path, "UPDATE supersync_v0 SET remote_md5sum = ?", NEW)
+    columns = "local_path, local_md5sum, archive_name, remote_path, timestamp, failed_copy_attempts, deletable, ignore"
+    for _ in range(2):
+        execute(db_path, f"INSERT INTO supersync_v0 ({columns}) SELECT {columns} FROM supersync_v0 WHERE id = 1")
+
+    assert database.register([file(NEW)]) == [KEPT]
+    states = [(row["removed"], row["deletable"], row["ignore"], row["local_md5sum"]) for row in rows(db_path)]
+    assert states == [(0.0, 0, 1, NEW), (0.0, 0, 1, NEW), (None, 1, 0, NEW)]
+    assert rows(db_path)[0]["remote_md5sum"] == NEW
+
+
+def test_a_place_that_another_path_holds_is_refused_with_its_name(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD, path="/data/1/x"), file(OLD, path="/data/2/x", action="b")])
+    taken, free = file(NEW, path="/data/2/x"), file(NEW, path="/data/3/x", action="c")
+
+    refused, inserted = database.register([taken, free])
+    assert (refused.changed, inserted) == (False, INSERTED)
+    assert refused.refusal is not None
+    assert refused.refusal.startswith("/data/1/x holds its place in the archive: 17000/slot2/a/outputs/x of smurf")
+    after = [(row["local_path"], row["local_md5sum"], row["deletable"]) for row in rows(db_path)]
+    assert after == [("/data/1/x", OLD, 1), ("/data/2/x", OLD, 0), ("/data/3/x", NEW, 1)]
+
+
+def test_of_two_paths_for_one_place_in_a_batch_the_first_has_it(open_database: Open, db_path: str) -> None:
+    outcomes = register(open_database(), [file(NEW, path="/data/1/x"), file(NEW, path="/data/2/x")])
+
+    assert [outcome.refusal is None for outcome in outcomes] == [True, False]
+    assert [row["local_path"] for row in rows(db_path)] == ["/data/1/x"]
+
+
+def test_one_place_in_two_archives_is_two_places(open_database: Open, db_path: str) -> None:
+    same = HashedFile(file(path="/data/1/x").entry._replace(archive_name="timestreams"), NEW)
+
+    assert register(open_database(), [file(path="/data/2/x"), same]) == [INSERTED, INSERTED]
+    assert len(rows(db_path)) == 2
+
+
+def test_a_path_as_the_published_agent_spells_it_is_the_same_path(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD)])
+    execute(db_path, "UPDATE supersync_v0 SET local_path = '/data//./x'")
+
+    assert database.register([file(NEW)]) == [RESET]
+    assert [(row["local_path"], row["local_md5sum"]) for row in rows(db_path)] == [("/data//./x", NEW)]
 
 
 def test_paths_that_come_twice_in_a_batch_end_as_the_last_one_says(open_database: Open, db_path: str) -> None:
     other = file(OLD, path="/data/y")
-    open_database().register([file(OLD), file(OLD, action="b"), other, file(NEW), file(NEW, action="c"), file(NEW)])
+    batch = [file(OLD), file(OLD, action="b"), other, file(NEW), file(NEW, action="c"), file(NEW), file(NEW)]
 
-    last = {(each["local_path"], each["remote_path"].split("/")[2]): each["local_md5sum"] for each in rows(db_path)}
-    assert last == {("/data/x", "a"): NEW, ("/data/x", "b"): NEW, ("/data/x", "c"): NEW, ("/data/y", "a"): OLD}
-    assert len(rows(db_path)) == 4
+    assert register(open_database(), batch) == [INSERTED, INSERTED, INSERTED, RESET, INSERTED, KEPT, KEPT]
+    last = [
+        (row["local_path"], row["remote_path"].split("/")[2], row["local_md5sum"], row["deletable"])
+        for row in rows(db_path)
+    ]
+    assert last == [
+        ("/data/x", "a", NEW, 1), ("/data/x", "b", OLD, 0), ("/data/y", "a", OLD, 1), ("/data/x", "c", NEW, 0)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("batch", "transactions"),
+    [
+        ([file(NEW)] * 20_000, 11),
+        ([file(md5=str(number), action=str(number)) for number in range(300)], 40),
+        ([file(md5=str(number)) for number in range(400)], 12),
+    ],
+    ids=["equal", "keys", "contents"],
+)
+def test_a_transaction_does_bounded_work_however_often_a_file_is_named(
+    open_database: Open, db_path: str, batch: list[HashedFile], transactions: int
+) -> None:
+    database = open_database()
+    database.register([file(OLD)])
+    done = calls = 0
+    longest = 0.0
+    while done < len(batch):
+        begin = time.perf_counter()
+        done += len(database.register(batch[done:]))
+        longest = max(longest, time.perf_counter() - begin)
+        calls += 1
+
+    assert calls <= transactions
+    assert longest < 1, "SupRsync waits for the write lock meanwhile"
+    assert rows(db_path)[-1]["local_md5sum"] == batch[-1].md5
 
 
 @pytest.mark.parametrize("known", [[0, 49], [49, 50], [100, 119]])
@@ -145,7 +265,10 @@ def test_a_path_that_is_asked_for_again_and_again_has_its_rows_once(open_databas
 BATCHES = st.lists(
     st.lists(
         st.builds(
-            file, md5=st.sampled_from([OLD, NEW]), path=st.sampled_from(["/x", "/y"]), action=st.sampled_from("ab")
+            file,
+            md5=st.sampled_from([OLD, NEW]),
+            path=st.sampled_from(["/data/x", "/data/y"]),
+            action=st.sampled_from("ab"),
         ),
         max_size=4,
     ),
@@ -163,9 +286,9 @@ def test_registering_again_changes_nothing(batches: list[list[HashedFile]], last
         path = os.path.join(folder, "suprsync.db")
         database = Database(path, create_table=True, echo=False, report=print, clock=Ticks())
         for batch in [*batches, last]:
-            database.register(batch)
+            register(database, batch)
         before = rows(path)
-        database.register(last)
+        assert register(database, last) == [KEPT] * len(last)
         database.close()
 
         assert rows(path) == before
@@ -175,7 +298,7 @@ def test_registering_again_changes_nothing(batches: list[list[HashedFile]], last
 
 def test_a_batch_may_be_large(open_database: Open, db_path: str) -> None:
     batch = [file(NEW, path=f"/data/{number}") for number in range(3000)]
-    open_database().register(batch)
+    register(open_database(), batch)
 
     assert [each["local_path"] for each in rows(db_path)] == [wanted.entry.local_path for wanted in batch]
 
@@ -196,28 +319,27 @@ def test_the_time_of_a_row_is_taken_under_the_write_lock(open_database: Open, db
     assert [each["timestamp"] for each in rows(db_path)] == [12.5]
 
 
-def test_a_row_that_the_database_refuses_takes_the_batch_with_it(open_database: Open, db_path: str) -> None:
+def test_a_row_that_the_database_rejects_does_not_hold_up_the_others(open_database: Open, db_path: str) -> None:
     database = open_database()
-    database.register([])
+    database.register([file()])
     execute(
         db_path,
         "CREATE TRIGGER refuse BEFORE INSERT ON supersync_v0 WHEN NEW.local_path = '/data/bad'"
         " BEGIN SELECT RAISE(ABORT, 'not this one'); END",
     )
-    with pytest.raises(RowRefusedError, match="not this one"):
-        database.register([file(), file(path="/data/bad")])
-    assert rows(db_path) == []
+    good, bad, other = file(path="/data/1"), file(path="/data/bad"), file(path="/data/2")
 
-    database.register([file()])
-    assert len(rows(db_path)) == 1
+    refused = Outcome(False, "the database refused it: not this one")
+    assert register(database, [good, bad, other]) == [INSERTED, refused, INSERTED]
+    assert [row["local_path"] for row in rows(db_path)] == ["/data/x", "/data/1", "/data/2"]
 
 
-def test_a_path_that_no_text_of_sqlite_can_be_takes_the_batch_with_it(open_database: Open, db_path: str) -> None:
-    database = open_database()
-    with pytest.raises(RowRefusedError, match="surrogates not allowed"):
-        database.register([file(), file(path="/data/\ud800")])
+def test_a_path_that_sqlite_cannot_store_does_not_hold_up_the_others(open_database: Open, db_path: str) -> None:
+    first, last = register(open_database(), [file(path="/data/\ud800"), file()])
 
-    assert rows(db_path) == []
+    assert "surrogates not allowed" in (first.refusal or "")
+    assert last == INSERTED
+    assert [row["local_path"] for row in rows(db_path)] == ["/data/x"]
 
 
 # --- the file
@@ -306,20 +428,45 @@ def test_the_tables_are_the_published_ones(open_database: Open, db_path: str) ->
     assert execute(db_path, "PRAGMA journal_mode") == [("wal",)]
 
 
-def test_the_index_is_made_once_in_a_database_that_lacks_it(open_database: Open, db_path: str, said: list[str]) -> None:
+def test_indexes_are_made_once_in_a_database_that_lacks_them(
+    open_database: Open, db_path: str, said: list[str]
+) -> None:
     first = open_database()
     first.register([file()])
     first.close()
     assert said == []
-    execute(db_path, f"DROP INDEX {INDEX}")
+    for name in NAMES:
+        execute(db_path, f"DROP INDEX {name}")
 
     for _ in range(2):
         database = open_database(create_table=False)
         database.register([file()])
         database.close()
-    assert len(said) == 1
-    assert f"made the index {INDEX}" in said[0]
-    assert execute(db_path, "SELECT tbl_name FROM sqlite_master WHERE name = ?", INDEX) == [("supersync_v0",)]
+    assert [line.split(" of ")[0] for line in said] == [f"made the index {name}" for name in NAMES]
+    made = execute(db_path, "SELECT name, tbl_name FROM sqlite_master WHERE type = 'index'")
+    assert made == [(name, "supersync_v0") for name in NAMES]
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+@pytest.mark.parametrize(
+    ("statement", "index"),
+    [
+        ("_BY_LOCAL_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_local_path (local_path=?)"),
+        ("_BY_REMOTE_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_remote_path (remote_path=?)"),
+        ("_BY_ID", "SEARCH supersync_v0 USING INTEGER PRIMARY KEY (rowid=?)"),
+        ("_STUCK", "SCAN supersync_v0 USING INDEX ix_supersync_v0_stuck"),
+    ],
+)
+def test_every_look_up_uses_its_index(
+    open_database: Open, db_path: str, statement: str, index: str, analyzed: bool
+) -> None:
+    register(open_database(), [file(path=f"/data/{number}") for number in range(300)])
+    execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 1 WHERE id % 100 = 0")
+    if analyzed:
+        execute(db_path, "ANALYZE")
+    text = getattr(database_module, statement)
+
+    assert [step[3] for step in execute(db_path, f"EXPLAIN QUERY PLAN {text}", *[1] * text.count("?"))] == [index]
 
 
 def test_a_database_that_is_replaced_is_noticed(open_database: Open, db_path: str, said: list[str]) -> None:
@@ -359,4 +506,51 @@ def test_rows_are_found_by_path(open_database: Open) -> None:
 
     found = database.rows(["/data/y", "/data/%", "/none", "/data/y"])
     assert {path: [each.id for each in known] for path, known in found.items()} == {"/data/y": [2, 3]}
-    assert found["/data/y"][1] == Row(3, *entry("/data/y", "b")[:3], found["/data/y"][1].timestamp, NEW, None, None)
+    when = found["/data/y"][1].timestamp
+    expected = Row(3, "/data/y", NEW, "smurf", "17000/slot2/b/outputs/y", when, None, None, None, 0, True, False)
+    assert found["/data/y"][1] == expected
+
+
+# --- rows that SupRsync cannot finish
+
+
+def test_only_rows_that_suprsync_may_never_copy_are_stuck(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    states = [
+        "remote_md5sum = NULL",  # it is yet to be copied
+        "failed_copy_attempts = 1",
+        "removed = 9",
+        "removed = 0, remote_md5sum = 'other'",
+        "removed = 9, ignore = 1",
+        "removed = 9, failed_copy_attempts = 6, remote_md5sum = local_md5sum",
+    ]
+    register(database, [file(path=f"/data/{number}") for number in range(len(states))])
+    for number, state in enumerate(states, 1):
+        execute(db_path, f"UPDATE supersync_v0 SET {state} WHERE id = {number}")
+
+    assert [row.id for row in database.stuck(0, 10)] == [2, 3, 4]
+    assert [row.id for row in database.stuck(0, 2)] == [2, 3]
+    assert [row.id for row in database.stuck(3, 2)] == [4]
+
+
+def test_a_row_is_corrected_only_if_it_is_as_it_was_selected(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    register(database, [file(OLD, path=f"/data/{number}") for number in range(3)])
+    execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 6, remote_md5sum = 'x', copied = 7")
+    stuck = database.stuck(0, 10)
+    execute(db_path, "UPDATE supersync_v0 SET copied = 8 WHERE id = 2")
+    before = rows(db_path)
+
+    assert database.correct([Correction(row, NEW, None, 0) for row in stuck]) == [stuck[0], stuck[2]]
+    corrected = {"local_md5sum": NEW, "remote_md5sum": None, "failed_copy_attempts": 0, "removed": None}
+    assert rows(db_path) == [{**before[0], **corrected}, before[1], {**before[2], **corrected}]
+
+
+def test_a_row_whose_place_another_path_holds_is_not_corrected(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    register(database, [file(OLD, path="/data/1/x"), file(OLD, path="/data/2/x", action="b")])
+    execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 6, remote_path = '17000/slot2/a/outputs/x'")
+    before = rows(db_path)
+
+    assert database.correct([Correction(row, NEW, None, 0) for row in database.stuck(0, 10)]) == []
+    assert rows(db_path) == before
