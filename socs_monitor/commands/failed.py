@@ -64,7 +64,7 @@ class _OfSpool:
         return len(letters), letters
 
     def retry(self, ids: Ids) -> str:
-        return _all(ids, len(self._spool.retry(ids)), "will be tried again when the agent starts")
+        return _all(ids, self._spool.retry(ids), "will be tried again when the agent starts")
 
     def discard(self, ids: Ids) -> str:
         return _all(ids, self._spool.discard(ids), "discarded")
