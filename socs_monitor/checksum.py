@@ -45,7 +45,8 @@ def fingerprint(status: os.stat_result) -> int:
     return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
-def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
+def _locate(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
+    """Return an ``O_PATH`` descriptor of a file that may be read, and its status."""
     try:
         handle = os.open(path, _FIND)
     except OSError:
@@ -56,16 +57,38 @@ def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int,
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
-        name, descriptors = str(handle), _descriptors(os.getpid())
-        target = os.readlink(name, dir_fd=descriptors)
+        target = os.readlink(str(handle), dir_fd=_descriptors(os.getpid()))
         if roots and not target.startswith(_below(roots)):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
         # closing a descriptor of a file that SQLite has open here would drop all of its locks (POSIX)
         if target.startswith(own) or (status.st_nlink > 1 and _is_one_of(status, own)):
             raise FileRefusedError(f"{path} is {target}, a file of the monitor's own databases")
-        return os.open(name, _READ, dir_fd=descriptors), status
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, status
+
+
+def _open(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> tuple[int, os.stat_result]:
+    handle, status = _locate(path, roots, own)
+    try:
+        return os.open(str(handle), _READ, dir_fd=_descriptors(os.getpid())), status
     finally:
         os.close(handle)
+
+
+def present_fingerprint(path: str, roots: tuple[str, ...], own: tuple[str, ...]) -> int:
+    """Return the fingerprint that `checksum` would give now, without reading the file.
+
+    Raises:
+        FileRefusedError: If the path names something that is not opened any more.
+        OSError: If the file is missing or cannot be found.
+    """
+    if not roots:  # an unchanged file was in order when it was hashed; only where it lies may have changed
+        return fingerprint(os.stat(path))
+    handle, status = _locate(path, roots, own)
+    os.close(handle)
+    return fingerprint(status)
 
 
 def _is_one_of(status: os.stat_result, own: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ SMALL = 128 * 1024
 # A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 60.0
+_DOUBLINGS = math.ceil(math.log2(RETRY_MAX_S / RETRY_FIRST_S))
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,15 @@ class Hashed(NamedTuple):
 
 
 def retry_delay(attempts: int, give_up_after: float) -> float | None:
-    """Seconds until the next look for a file after `attempts` vain ones before this, None to give up."""
-    delays = [min(RETRY_FIRST_S * 2.0**attempt, RETRY_MAX_S) for attempt in range(attempts + 1)]
-    return delays[-1] if sum(delays[:-1]) < give_up_after else None
+    """Return the seconds until the next attempt to find a file, or None to give up.
+
+    Args:
+        attempts: Number of failed attempts before the present one.
+        give_up_after: Seconds to spend on the file in total.
+    """
+    doublings = min(attempts, _DOUBLINGS)  # 2.0**1024 overflows
+    waited = RETRY_FIRST_S * (2.0**doublings - 1) + RETRY_MAX_S * (attempts - doublings)
+    return min(RETRY_FIRST_S * 2.0**doublings, RETRY_MAX_S) if waited < give_up_after else None
 
 
 def look(
@@ -65,9 +73,11 @@ def look(
                 found = checksum(entry.local_path, policy.data_roots, at_most, stopped, policy.own)
             except (FileNotFoundError, NotADirectoryError) as error:
                 missing = missing or error
+            except FileRefusedError as error:
+                return Failure(registration, brief(str(error)), refused=True, entry=entry)
             else:
                 return Hashed(registration, HashedFile(entry, found.md5), found.fingerprint) if found else None
-    except (ArchiveError, FileRefusedError) as error:
+    except ArchiveError as error:
         return Failure(registration, brief(str(error)), refused=True)
     except OSError as error:
         missing = error

@@ -71,7 +71,7 @@ class Registrar:
         self._work: deque[Registration] = deque()  # to be hashed now
         self._unwritten: deque[list[Hashed]] = deque()  # the database has yet to take these
         self._owed: deque[tuple[Callable[[Any], None], Any]] = deque()  # the spool has yet to learn this
-        self._settling = Settling(self._policy.settle_after)
+        self._settling = Settling(self._policy)
         self._waiting: list[tuple[float, int]] = []  # heap of when which registration is due
         self._revived: deque[int] = deque()
         self._database_identity = self._database.identity
@@ -297,6 +297,8 @@ class Registrar:
                 self._stats.repeated("info", "waiting", text, id=failure.registration["pub_id"])
 
     def _bury(self, failures: list[Failure]) -> None:
+        # a row must not outlive its file: it may have been committed before a link was retargeted
+        self._database.withdraw([failure.entry for failure in failures if failure.entry])
         dropped = self._spool.bury(failures)
         self._intake.done(failure.registration for failure in failures)
         if dropped:
@@ -304,7 +306,7 @@ class Registrar:
             self._stats.repeated("warn", "dead_letters", text, dropped=dropped)
         letters = self._spool.dead([failure.registration.id for failure in failures])
         senders = {letter.id: letter.sender for letter in letters}
-        for registration, reason, _, refused in failures:
+        for registration, reason, _, refused, _ in failures:
             keys = {"sender": senders.get(registration.id), "id": registration["pub_id"], "path": registration["path"]}
             if refused:
                 text = f"registration {registration.id} was refused, a dead letter: {reason}"

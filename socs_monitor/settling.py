@@ -8,12 +8,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import os
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
-from socs_monitor.checksum import fingerprint
-from socs_monitor.finder import Hashed
+from socs_monitor.checksum import FileRefusedError, present_fingerprint
+from socs_monitor.finder import Hashed, Policy
 
 # A file that changes again and again is registered again ever more rarely, at the longest after this (seconds).
 SETTLE_MAX_S = 60.0
@@ -34,11 +33,11 @@ class Settling:
     """What is yet to be looked at again. For one thread.
 
     Args:
-        settle_after: Seconds from the commit to the look.
+        policy: How files are treated.
     """
 
-    def __init__(self, settle_after: float) -> None:
-        self._settle_after = settle_after
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
         self._batches: list[tuple[float, int, list[Registered]]] = []  # heap by time of the look
         self._serial = itertools.count()
         self._delays: dict[int, float] = {}  # seconds to the next look, for files that had changed
@@ -52,7 +51,7 @@ class Settling:
         """Take a batch whose rows were committed just `now` (unix time)."""
         entries = [Registered(r.id, file.entry.local_path, seen) for r, file, seen in batch]
         delays = [self._delays[entry.id] for entry in entries if entry.id in self._delays] if self._delays else ()
-        due = now + max(delays, default=self._settle_after)
+        due = now + max(delays, default=self._policy.settle_after)
         heapq.heappush(self._batches, (math.ceil(due / _LOOK_EVERY_S) * _LOOK_EVERY_S, next(self._serial), entries))
 
     @property
@@ -64,21 +63,23 @@ class Settling:
         """Look at all files that are due.
 
         Returns:
-            The ids of those that are settled, and those that changed.
+            The ids of those that are settled, and those that changed or whose path is refused now.
         """
         settled: list[int] = []
         changed: list[Registered] = []
         for entry in self._take(now):
             id_, path, before = entry
             try:
-                after = fingerprint(os.stat(path))
+                after: int | None = present_fingerprint(path, self._policy.data_roots, self._policy.own)
+            except FileRefusedError:  # hashing it again finds that out, too, and deals with it
+                after = None
             except OSError:  # its row is there, and a file that is gone has nothing to add
                 after = before
             if after == before:
                 self._delays.pop(id_, None)
                 settled.append(id_)
             else:
-                delay = self._delays.get(id_, self._settle_after)
+                delay = self._delays.get(id_, self._policy.settle_after)
                 self._delays[id_] = min(2 * delay, SETTLE_MAX_S)
                 changed.append(entry)
         return settled, changed

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages, spoolfile
+from socs_monitor.archive import Entry
 from socs_monitor.spoolfile import DEAD, PENDING, SpoolError
 
 WAITING = "waiting"
@@ -84,12 +85,16 @@ class Registration(dict[str, Any]):
 
 
 class Failure(NamedTuple):
-    """Why a registration is not a row: `due` (unix time) is when it is tried again, None for a dead letter."""
+    """Why a registration is not a row: `due` (unix time) is when it is tried again, None for a dead letter.
+
+    `entry` is the file that was refused, if the registration names an existing one.
+    """
 
     registration: Registration
     reason: str
     due: float | None = None
     refused: bool = False
+    entry: Entry | None = None
 
 
 class DeadLetter(NamedTuple):

@@ -154,8 +154,17 @@ _INSERT = _sql(
     *("failed_copy_attempts", "deletable", "ignore"),
 )
 _UPDATE = update(_TABLE).where(_TABLE.c.id == bindparam("row"))
-_RESET = _sql(_UPDATE, "local_md5sum", "timestamp", "remote_md5sum", "copied", "removed", "failed_copy_attempts")
+_RESET = _sql(
+    _UPDATE,
+    *("local_md5sum", "timestamp", "remote_md5sum", "copied", "removed", "failed_copy_attempts", "deletable", "ignore"),
+)
 _RETAKE = _sql(_UPDATE, "local_md5sum", "failed_copy_attempts")
+_WITHDRAW = """
+UPDATE supersync_v0 SET "ignore" = 1, deletable = 0,
+    local_path = CASE WHEN coalesce(copied, remote_md5sum) IS NULL THEN 'withdrawn:' ELSE '' END || local_path,
+    remote_path = CASE WHEN coalesce(copied, remote_md5sum) IS NULL THEN 'withdrawn/' ELSE '' END || remote_path
+WHERE id = ?
+"""
 _PATHS = 50  # looked up by a statement, since each lets other threads have the interpreter
 _ANY_PATH = _TABLE.c.local_path.in_([bindparam(f"path{number}") for number in range(_PATHS)])
 _SELECT = _sql(select(*(_TABLE.c[name] for name in Row._fields)).where(_ANY_PATH))
@@ -265,11 +274,27 @@ class Database:
             if retaken:
                 db.executemany(_RETAKE, [(md5, 0, id_) for id_ in retaken])
             if reset is not None:
-                db.execute(_RESET, (md5, now, None, None, None, 0, reset))
+                db.execute(_RESET, (md5, now, None, None, None, 0, deletable, False, reset))
             if inserted:
                 new.append((local_path, md5, archive_name, remote_path, now, 0, deletable, False))
         db.executemany(_INSERT, new)
         crashpoint.reach("inserted")
+
+    def withdraw(self, entries: Sequence[Entry]) -> None:
+        """Keep SupRsync from copying or deleting files whose paths are refused now; those without rows are skipped.
+
+        A row that was copied is ignored from now on. One that was never copied no longer names the file or a time
+        code's folder: its paths are marked. It is not removed, since SupRsync ends with an error where a row vanishes
+        while it copies, and SQLite may give the row's id to the next file.
+
+        Raises:
+            DatabaseUnavailableError: If the database cannot be written now.
+        """
+        rows = self.rows(entry.local_path for entry in entries)
+        ids = [row.id for entry in entries for row in rows.get(entry.local_path, ()) if row.is_of(entry)]
+        if ids:
+            with self._translated():
+                self._connection().executemany(_WITHDRAW, [(id_,) for id_ in ids])
 
     def sync(self) -> None:
         """Bring what was registered so far to the disk. A commit does not, so that no disk holds up the write lock.
