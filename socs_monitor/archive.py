@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os.path
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,15 +22,20 @@ TIMESTREAMS = "timestreams"
 _NPY = ".npy"
 # Longest file name that Linux file systems take, in bytes.
 _NAME_MAX = 255
-# SupRsync reads a copy's sum off md5sum's output by white space, and md5sum escapes these others: a row with
-# one of them can never be verified, and holds back `finalized_until` for ever (contract).
-_UNVERIFIABLE = re.compile(r"[\s\\\x00-\x1f\x7f]")
-# What passes all of `_check_component` at once, as nearly every path does: parts of printable ASCII without a
-# backslash, none of which begins with a dot or is long.
-_PART = r"[!-\-0-[\]-~][!-.0-[\]-~]{0,63}"
+# SupRsync passes remote paths to a shell of the archive host (`ssh host md5sum ...`), and splits the output of md5sum
+# at white space. Letters, marks, digits (Unicode categories L, M and N) and these characters mean nothing to either.
+_HARMLESS = "._-+=@,:%"
+# Matches nearly every valid path at once: ASCII, no component begins with a dot or a hyphen or is long.
+_PART = r"[0-9A-Za-z_+=@,:%][0-9A-Za-z._+=@,:%-]{0,63}"
 _SAFE_PATH = re.compile(f"(?:{_PART}/)*{_PART}")
 # Files that stay on the server though they lie in a dated folder.
 _SEMI_PERMANENT = ("iv", "channel_assignment", "tune")
+
+
+_ADVICE = (
+    f"Remote paths consist of letters, digits and {_HARMLESS}, since the archive host gives them to a shell. "
+    "Rename the file, or change the sender's id or action, and announce it again: socs-monitor send"
+)
 
 
 class ArchiveError(ValueError):
@@ -89,7 +95,7 @@ def _remote_path(meta: Meta, archive_name: str, path: str) -> str:
             name,
         ]
     elif archive_name == TIMESTREAMS:
-        _check_component(name)  # which normpath would hide
+        _check_name(name)  # which normpath would hide
         parts = os.path.normpath(path).split("/")[-3:]
         if len(parts) < 3:
             raise ArchiveError(f"timestream path {path!r} has fewer than three components")
@@ -103,31 +109,52 @@ def _remote_path(meta: Meta, archive_name: str, path: str) -> str:
 
 
 def _check_component(part: str) -> None:
+    _check_name(part)
+    if part.startswith("-"):
+        raise ArchiveError(f"'-' is not allowed at the beginning of {_shown(part)}. {_ADVICE}")
+    for character in part:
+        if character not in _HARMLESS and unicodedata.category(character)[0] not in "LMN":
+            name = unicodedata.name(character, f"U+{ord(character):04X}")
+            raise ArchiveError(f"{character!r} ({name}) is not allowed in {_shown(part)}. {_ADVICE}")
+    if len(part.encode()) > _NAME_MAX:
+        raise ArchiveError(f"path component of more than {_NAME_MAX} bytes: {_shown(part)}")
+
+
+def _check_name(part: str) -> None:
     if part in ("", ".", "..") or "/" in part:
         raise ArchiveError(f"{part!r} is not a safe path component")
-    if _UNVERIFIABLE.search(part):
-        raise ArchiveError(f"{part!r} has white space, a backslash or a control character: SupRsync cannot verify it")
-    if len(part.encode()) > _NAME_MAX:
-        raise ArchiveError(f"path component of more than {_NAME_MAX} bytes: {part[:40]!r}...")
+
+
+def _shown(part: str) -> str:
+    return repr(part if len(part) <= 40 else part[:40] + "...")
 
 
 def is_deletable(local_path: str, archive_name: str) -> bool:
     """Whether SupRsync may delete the local file once it is archived.
 
-    Timestreams always; ``smurf`` files only below a dated folder (``/data/smurf_data/<digits>/...``) and only
-    if they are no IV, channel assignment or tune file.
+    ``timestreams`` only at ``.../<5 digits>/<stream>/<name>.g3``; ``smurf`` files only below a dated folder
+    (``/data/smurf_data/<digits>/...``, the rule of the published agent) and only if they are no IV, channel
+    assignment or tune file. A path with ``..`` in it may lead elsewhere, and is never deletable.
     """
+    if "/../" in local_path:
+        return False
     if archive_name != SMURF:
-        return True
+        *_, timecode, stream, name = ("", "", *local_path.rsplit("/", 3))
+        return len(timecode) == 5 and _is_number(timecode) and stream != "" and name[1:].endswith(".g3")
     components = local_path.split("/", 4)
-    dated = len(components) > 3 and components[3].isascii() and components[3].isdigit()
+    dated = len(components) > 3 and _is_number(components[3])
     return dated and not any(key in local_path for key in _SEMI_PERMANENT)
+
+
+def _is_number(component: str) -> bool:
+    return component.isascii() and component.isdigit()
 
 
 def candidates(meta: Meta) -> Iterator[Entry]:
     """Yield the entries that a registration may mean; the first that exists on disk is the one.
 
-    There can be two, since ``numpy.save`` appends ``.npy`` to a name and senders often leave it out.
+    There can be two, since ``numpy.save`` appends ``.npy`` to a name and senders often leave it out. No file system
+    has the second one where the name would be too long.
 
     Raises:
         ArchiveError: If the registration can never become a row.
@@ -137,7 +164,8 @@ def candidates(meta: Meta) -> Iterator[Entry]:
         raise ArchiveError(f"path {path!r} is not absolute: only its sender knows where that is")
     archive_name = meta.get("archive_name", SMURF)
     paths: tuple[str, ...] = (path,)
-    if archive_name == SMURF and not path.endswith(_NPY):
+    name = path.rpartition("/")[2]
+    if archive_name == SMURF and not name.endswith(_NPY) and len((name + _NPY).encode(errors="replace")) <= _NAME_MAX:
         paths = (path + _NPY, path) if meta.get("format") in ("npy", "npyt") else (path, path + _NPY)
     for local_path in paths:
         remote_path = _remote_path(meta, archive_name, local_path)

@@ -279,7 +279,7 @@ class Registrar:
             rows = self._persist(lambda start=start: self._spool.load(result.ids[start : start + BATCH]))  # type: ignore[misc]
             for registration in self._parsed(rows, failed):
                 if isinstance(result, FailedLarge):
-                    failed.append(Failed(registration, result.reason, result.refused))
+                    failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
                     continue
                 try:
                     entry = lookup.entry_at(registration, result.path)
@@ -395,13 +395,14 @@ class Registrar:
         due = self._monotonic() + lookup.recheck_delay(rounds, self._policy.settle_after)
         return math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
 
-    def _judge(self, failed: Iterable[Failed]) -> list[Transition]:
+    def _judge(self, failed: Sequence[Failed]) -> list[Transition]:
         """Let what failed wait or die; what a row tells of already is done."""
         transitions: list[Transition] = []
         given_up: list[Failed] = []
         now = self._monotonic()
+        self._withdraw([failure.registration for failure in failed if failure.withdraw])
         for failure in failed:
-            registration, reason, refused = failure
+            registration, reason, refused, _ = failure
             if refused:
                 self._log_dead(registration, reason, refused=True)
                 transitions.append(Transition(State.PENDING, Event.REFUSED, [registration.id], reason=reason))
@@ -425,7 +426,7 @@ class Registrar:
             due = self._monotonic() + lookup.RETRY_MAX_S
             reason = brief(f"{failed[0].reason}; {error}")
             return [Transition(State.PENDING, Event.FAILED, [one.registration.id for one in failed], due, reason)]
-        for registration, reason, _ in failed:
+        for registration, reason, *_ in failed:
             if registration.id in known:
                 transitions.append(Transition(State.PENDING, Event.KNOWN, [registration.id]))
                 continue
@@ -507,7 +508,7 @@ class Registrar:
             if (known := self._registered.get(id_)) is None:
                 continue
             if result.refusal is not None:
-                transitions += self._withdraw(id_, result.refusal)
+                transitions.append(self._refuse(id_, result.refusal))
             elif result.error is not None:
                 due = self._monotonic() + lookup.RECHECK_MAX_S
                 transitions.append(Transition(State.REGISTERED, Event.UNREADABLE, [id_], due, result.error))
@@ -535,15 +536,19 @@ class Registrar:
         if known is not None and self._latest.get(known.path) == id_:
             del self._latest[known.path]
 
-    def _withdraw(self, id_: int, reason: str) -> list[Transition]:
-        """Take back the row of a file that is refused now: a link was retargeted after it was hashed."""
+    def _refuse(self, id_: int, reason: str) -> Transition:
+        """Make a registered file a dead letter that is refused now: a link was retargeted after it was hashed."""
         failed: list[Failed] = []
-        rows = self._persist(lambda: self._spool.load([id_]))
-        for registration in self._parsed(rows, failed):
-            entries = lookup.entries(registration)
-            self._until_available(lambda entries=entries: self._database.withdraw(entries))  # type: ignore[misc]
+        registrations = self._parsed(self._persist(lambda: self._spool.load([id_])), failed)
+        self._withdraw(registrations)
+        for registration in registrations:
             self._log_dead(registration, reason, refused=True)
-        return [Transition(State.REGISTERED, Event.REFUSED, [id_], reason=reason)]
+        return Transition(State.REGISTERED, Event.REFUSED, [id_], reason=reason)
+
+    def _withdraw(self, registrations: Sequence[Registration]) -> None:
+        """Keep SupRsync from what a path leads to now: its row may be from before that was so."""
+        if entries := [entry for registration in registrations for entry in lookup.entries(registration)]:
+            self._until_available(lambda: self._database.withdraw(entries))
 
     def _restart_registered(self) -> Transition:
         """Register all again whose rows may not be in the database that is there now."""

@@ -69,11 +69,19 @@ class HashedLarge(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A registration whose file could not be hashed; with `refused` it never can be."""
+    """A registration whose file could not be hashed.
+
+    Attributes:
+        registration: The registration.
+        reason: Why, for a person.
+        refused: Whether it never can be.
+        withdraw: Whether that is because of what its path leads to now, so that a row of it must go.
+    """
 
     registration: Registration
     reason: str
     refused: bool = False
+    withdraw: bool = False
 
 
 class FailedLarge(NamedTuple):
@@ -326,8 +334,10 @@ class Workers:
                 return self._verify(task.hashed)
             self._share(task.path, task.deliver)
             return None
-        except (ArchiveError, FileRefusedError) as error:
+        except ArchiveError as error:
             return _failure(task, str(error), refused=True)
+        except FileRefusedError as error:
+            return _failure(task, str(error), refused=True, withdraw=True)
         except OSError as error:
             return _failure(task, f"{_path_of(task)}: {error.strerror or error}")
         except Exception as error:  # noqa: BLE001 (one registration must not stop the others)
@@ -435,10 +445,10 @@ class Workers:
             self._next_slice(self._workers[-1])
 
 
-def _failure(task: Task, reason: str, *, refused: bool = False) -> Result | None:
+def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:
     reason = brief(reason)
     if isinstance(task, Registration):
-        return Failed(task, reason, refused)
+        return Failed(task, reason, refused, withdraw)
     if isinstance(task, Verify):
         return Failed(task.hashed.registration, reason, refused)
     if isinstance(task, Recheck):

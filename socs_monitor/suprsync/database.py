@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from socs_monitor import crashpoint
-from socs_monitor.archive import collapse
+from socs_monitor.archive import Entry, collapse
 from socs_monitor.suprsync.tables import FILES, INDEXES, STUCK, Base
 from socs_monitor.suprsync.upsert import INSERT, Action, Correction, HashedFile, Row, plan_upsert
 
@@ -112,6 +112,13 @@ _RESET = _sql(
 _UNDELETABLE = _sql(_UPDATE, "deletable")
 _RETIRE = _sql(_UPDATE, "removed", "deletable", "ignore")
 _CORRECT = _sql(_UPDATE, "local_md5sum", "remote_md5sum", "removed", "failed_copy_attempts")
+
+_WITHDRAW = """
+UPDATE supersync_v0 SET "ignore" = 1, deletable = 0,
+    local_path = CASE WHEN coalesce(copied, remote_md5sum) IS NULL THEN 'withdrawn:' ELSE '' END || local_path,
+    remote_path = CASE WHEN coalesce(copied, remote_md5sum) IS NULL THEN 'withdrawn/' ELSE '' END || remote_path
+WHERE id = ?
+"""
 
 _COLUMNS = [FILES.c[name] for name in Row._fields]
 
@@ -209,6 +216,22 @@ class Database:
                 work += _TOGETHER + len(some) + known
             crashpoint.reach("inserted")
         return outcomes
+
+    def withdraw(self, entries: Sequence[Entry]) -> None:
+        """Keep SupRsync from copying or deleting files whose paths are refused now; those without rows are skipped.
+
+        A row that was copied is ignored from now on. One that was never copied no longer names the file or a time
+        code's folder: its paths are marked. It is not removed, since SupRsync ends with an error where a row vanishes
+        while it copies, and SQLite may give the row's id to the next file.
+
+        Raises:
+            DatabaseUnavailableError: If the database cannot be written now.
+        """
+        rows = self.rows(entry.local_path for entry in entries)
+        ids = [row.id for entry in entries for row in rows.get(entry.local_path, ()) if row.is_of(entry)]
+        if ids:
+            with self._transaction() as db:
+                db.executemany(_WITHDRAW, [(id_,) for id_ in ids])
 
     def stuck(self, after: int, limit: int) -> list[Row]:
         """Return the first `limit` rows that `tables.STUCK` selects and whose id is above `after`, in order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os.path
+import unicodedata
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ META: dict[str, Any] = {
         ({"path": "y.txt"}, "17044/crate1slot2/1704450000_take_iv/outputs/y.txt"),
         ({"pub_id": "STREAMER:a"}, "17044/STREAMER:a/1704450000_take_iv/outputs/1704450001_data.txt"),
         ({"action": "a..b"}, "17044/crate1slot2/1704450000_a..b/outputs/1704450001_data.txt"),
+        ({"action": "._-+=@,:%"}, "17044/crate1slot2/1704450000_._-+=@,:%/outputs/1704450001_data.txt"),
+        ({"action": "Ἀθῆνα_e\u0301_Ⅷ²"}, "17044/crate1slot2/1704450000_Ἀθῆνα_e\u0301_Ⅷ²/outputs/1704450001_data.txt"),
         ({"action": "ü" * 100}, f"17044/crate1slot2/1704450000_{'ü' * 100}/outputs/1704450001_data.txt"),
     ],
 )
@@ -84,6 +87,9 @@ def test_a_timestream_goes_by_its_last_three_components(path: str, remote_path: 
         ({"path": f"/a/{'ü' * 128}"}, "smurf"),
         ({"action": "a\nb"}, "smurf"),
         ({"action": "a" * 256}, "smurf"),
+        ({"pub_id": "-rf"}, "smurf"),
+        ({"path": "/a/-rf"}, "smurf"),
+        ({"path": "/a/-rf/c.g3"}, "timestreams"),
         ({"path": "/x/c.g3"}, "timestreams"),
         ({"path": "c.g3"}, "timestreams"),
         ({"path": "../b/c.g3"}, "timestreams"),
@@ -96,6 +102,65 @@ def test_a_timestream_goes_by_its_last_three_components(path: str, remote_path: 
 def test_what_has_no_safe_place_is_refused(changed: dict[str, Any], archive_name: str) -> None:
     with pytest.raises(ArchiveError):
         create_remote_path({**META, **changed}, archive_name)
+
+
+ALLOWED = "._-+=@,:%"
+
+
+@pytest.mark.parametrize("part", ["action", "action_ts", "pub_id", "file", "folder of a timestream"])
+@pytest.mark.parametrize("character", ["$", "'", "`", "(", "\u200b", "\ud800", "\U000e0041", "☃"])
+def test_a_refusal_names_the_character_and_what_to_do(part: str, character: str) -> None:
+    text = "a" * 100 + character
+    changed = {
+        "file": {"path": f"/data/{text}"},
+        "folder of a timestream": {"path": f"/a/{text}/c.g3"},
+    }.get(part, {part: text})
+    archive_name = "timestreams" if part == "folder of a timestream" else "smurf"
+
+    with pytest.raises(ArchiveError) as refusal:
+        create_remote_path({**META, **changed}, archive_name)
+    reason = messages.brief(str(refusal.value))
+    assert messages.brief(repr(character)) in reason
+    assert reason.endswith("announce it again: socs-monitor send")
+
+
+@given(character=st.characters())
+def test_a_character_is_allowed_by_its_category(character: str) -> None:
+    allowed = character in ALLOWED or unicodedata.category(character)[0] in "LMN"
+    for part in (f"a{character}", f"a{character}b", f"ü{character}"):
+        meta = {**META, "pub_id": part}
+        if allowed:
+            assert create_remote_path(meta, "smurf").split("/")[1] == part
+        else:
+            with pytest.raises(ArchiveError):
+                create_remote_path(meta, "smurf")
+
+
+# As pysmurf and sodetlib name what they write; the streamer's names are a session id and a number.
+REAL_NAMES = (
+    *("1704450001_b3_resonances.npy", "1704450001_b4_delay.png", "1704450001_adc.npy", "1704450001_iv_bias_all.npy"),
+    *("1704450001_iv_raw_data.npy", "1704450001_1.00_10.00.txt", "1704450001_eta_b4_res007_dc12_tone10.png"),
+    *("1704450001_channel_assignment_b4.txt", "1704450001_tune.npy", "1704450001_b4_full_band_resp.png"),
+    *("1704450001_iv_rfracs.png", "1704450001_bs_rfrac_summary.png", "1704450001_tracking_results.npy"),
+    *("1704450001_ci_sweep_transition.h5", "1704450001_f3dB_vs_lms_gain_b4.pkl", "1704450001_intial_Rfrac.png"),
+    *("1704450001_tickle_response_b4c17.png", "1704450001_channel_state.npz", "1704450001_wls_vs_nphi0.txt"),
+    *("run_info.yml", "sys_config.yml", "tickle_summary.tsv", "1704450001_optimize_atten.log"),
+)
+REAL_ACTIONS = (
+    *("tune_band_serial", "full_band_resp", "track_and_check", "take_iv", "take_noise", "take_complex_impedance"),
+    *("measure_bias_line_resistances", "optimize_lms_gain", "uxm_setup", "uxm_relock", None),
+)
+REAL_IDS = ("ufm_mv19", "crate1slot2", "STREAMER:ufm_mv19", "undeclared")
+
+
+def test_real_names_actions_and_ids_are_allowed() -> None:
+    for name in REAL_NAMES:
+        create_remote_path({**META, "path": f"{OUTPUTS}/{name}"}, "smurf")
+    for action in REAL_ACTIONS:
+        create_remote_path({**META, "action": action}, "smurf")
+    for pub_id in REAL_IDS:
+        create_remote_path({**META, "pub_id": pub_id}, "smurf")
+        create_remote_path({"path": f"/data/so/timestreams/17044/{pub_id}/1704450000_1000.g3"}, "timestreams")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +184,18 @@ def test_what_has_no_safe_place_is_refused(changed: dict[str, Any], archive_name
         (f"{OUTPUTS}/1704450001_tune.npy", "smurf", False),
         ("/data/smurf_data/20240105/tune/x.npy", "smurf", False),
         ("/data/so/timestreams/17044/crate1slot2/1704450000_002.g3", "timestreams", True),
-        ("/tune/iv/channel_assignment.g3", "timestreams", True),
+        ("/data/so/timestreams/17044/crate1slot2/1704450000_tune.g3", "timestreams", True),
+        ("/data/so/timestreams/17044/crate1slot2/../../../tune/1_tune.g3", "timestreams", False),
+        ("/data/so/17044/timestreams/../crate1slot2/x.g3", "timestreams", False),
+        ("/data/so/timestreams/17044//1704450000_002.g3", "timestreams", False),
+        ("/data/so/timestreams/17044/crate1slot2/.g3", "timestreams", False),
+        ("/data/so/timestreams/17044/crate1slot2/x.g3.npy", "timestreams", False),
+        ("/data/so/timestreams/1704/crate1slot2/x.g3", "timestreams", False),
+        ("/data/so/timestreams/170444/crate1slot2/x.g3", "timestreams", False),
+        ("/data/so/timestreams/¹7044/crate1slot2/x.g3", "timestreams", False),
+        ("/data/smurf_data/tune/1704450000_tune.npy", "timestreams", False),
+        ("/tune/iv/channel_assignment.g3", "timestreams", False),
+        (f"{OUTPUTS}/../../../../status/x.txt", "smurf", False),
     ],
 )
 def test_only_archived_files_of_a_dated_folder_may_be_deleted(
@@ -171,6 +247,16 @@ def test_a_file_has_one_spelling(path: str, spelled: str) -> None:
     assert next(archive.candidates({**META, "path": path})).local_path == spelled
 
 
+@pytest.mark.parametrize("length", [251, 252, 255])
+@pytest.mark.parametrize("character", ["x", "ü"])
+def test_the_suffix_is_left_out_where_no_file_can_have_it(length: int, character: str) -> None:
+    name = (character * 255)[: length // len(character.encode())]
+    expected = [name, name + ".npy"] if len(name.encode()) <= 251 else [name]
+
+    assert local_names(path=f"/d/{name}", format="txt") == expected
+    assert local_names(path=f"/d/{name}", format="npy") == expected[::-1]
+
+
 def test_a_registration_without_a_format_may_lack_the_suffix_too() -> None:
     meta = {name: value for name, value in META.items() if name != "format"}
 
@@ -178,7 +264,7 @@ def test_a_registration_without_a_format_may_lack_the_suffix_too() -> None:
 
 
 def test_a_timestream_is_looked_for_under_its_own_name_only() -> None:
-    entry = Entry("timestreams", "/a/b/c.g3", "a/b/c.g3", deletable=True)
+    entry = Entry("timestreams", "/a/b/c.g3", "a/b/c.g3", deletable=False)
 
     assert entries(path="/a/b/c.g3", archive_name="timestreams", format="npy") == [entry]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum, fingerprint
+from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum, fingerprint, present_fingerprint
 from tests.chain import md5, write_file
 
 MEGABYTE = 1 << 20
@@ -166,12 +167,26 @@ def test_a_large_file_is_given_up_at_a_stop(tmp_path: Path) -> None:
 def test_no_descriptor_stays_open(tmp_path: Path, roots: tuple[str, ...]) -> None:
     def try_all() -> None:
         for name in ("root/file", "outside/file", "root", "root/none"):
-            try:
-                checksum(str(tmp_path / name), roots)
-            except (FileRefusedError, OSError):
-                continue
+            for use in (checksum, lambda path, roots: present_fingerprint(path, roots, ())):
+                with contextlib.suppress(FileRefusedError, OSError):
+                    use(str(tmp_path / name), roots)
 
     try_all()
     before = os.listdir("/proc/self/fd")
     try_all()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_present_fingerprint_is_that_of_the_sum_and_refused_alike(tmp_path: Path, roots: tuple[str, ...]) -> None:
+    path = str(tmp_path / "root" / "file")
+    found = checksum(path, roots)
+    assert found is not None
+    assert present_fingerprint(path, roots, ()) == present_fingerprint(path, (), ()) == found.fingerprint
+
+    for name in ("outside/file", "root", "outside/none"):
+        with pytest.raises(FileRefusedError):
+            present_fingerprint(str(tmp_path / name), roots, ())
+    with pytest.raises(FileRefusedError, match="own databases"):
+        present_fingerprint(path, roots, (path,))
+    with pytest.raises(FileNotFoundError):
+        present_fingerprint(str(tmp_path / "root" / "none"), roots, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -114,6 +115,12 @@ def test_the_wait_for_a_file_doubles_from_a_tenth_of_a_second_to_a_minute_for_an
     assert delays[:10] == [pytest.approx(0.1 * 2**n) for n in range(10)]
     assert set(delays[10:]) == {60.0}
     assert 3600 <= sum(delays) < 3660
+
+
+@pytest.mark.parametrize("attempts", [1023, 1024, 2**62])
+def test_a_file_may_be_waited_for_any_number_of_times(attempts: int) -> None:
+    assert retry_delay(attempts, math.inf) == 60.0
+    assert retry_delay(attempts, 3600.0) is None
 
 
 def test_a_late_file_is_found_when_it_is_due_and_not_before(chain: Chain, clock: Clock) -> None:

@@ -554,3 +554,54 @@ def test_a_row_whose_place_another_path_holds_is_not_corrected(open_database: Op
 
     assert database.correct([Correction(row, NEW, None, 0) for row in database.stuck(0, 10)]) == []
     assert rows(db_path) == before
+
+
+def test_a_withdrawn_file_is_neither_copied_nor_deleted_and_no_other_row_changes(
+    open_database: Open, db_path: str
+) -> None:
+    database = open_database()
+    paths = ("/data/new", "/data/copied", "/data/verified", "/data/summed")
+    database.register([file(path=path, action=action) for path in paths for action in ("a", "other")])
+    mine = "UPDATE supersync_v0 SET copied = ?, remote_md5sum = ? WHERE local_path = ? AND remote_path LIKE '%/a/%'"
+    for path, copied, remote in (("copied", 5.0, None), ("verified", 5.0, NEW), ("summed", None, OLD)):
+        execute(db_path, mine, copied, remote, f"/data/{path}")
+    before = {row["id"]: row for row in rows(db_path)}
+    database.withdraw([entry(path) for path in (*paths, "/data/none")])
+
+    changed = {row["id"]: row for row in rows(db_path) if row != before[row["id"]]}
+    names = [before[id_]["local_path"] for id_ in changed]
+    assert names == list(paths)
+    assert [before[id_]["remote_path"].split("/")[2] for id_ in changed] == ["a"] * 4
+    for id_, row in changed.items():
+        expected = {**before[id_], "ignore": 1, "deletable": 0}
+        if before[id_]["local_path"] == "/data/new":
+            expected["local_path"] = "withdrawn:/data/new"
+            expected["remote_path"] = "withdrawn/17000/slot2/a/outputs/new"
+        assert row == expected
+
+
+def test_a_withdrawn_file_that_is_registered_again_is_copied(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file(OLD, "/data/new"), file(OLD, "/data/copied")])
+    execute(db_path, "UPDATE supersync_v0 SET copied = 5 WHERE local_path = '/data/copied'")
+    database.withdraw([entry("/data/new"), entry("/data/copied")])
+    database.register([file(NEW, "/data/new"), file(NEW, "/data/copied")])
+
+    shown = [(r["local_path"], r["local_md5sum"], r["copied"], r["ignore"], r["deletable"]) for r in rows(db_path)]
+    assert shown == [
+        ("withdrawn:/data/new", OLD, None, 1, 0),
+        ("/data/copied", NEW, None, 0, 1),
+        ("/data/new", NEW, None, 0, 1),
+    ]
+
+
+def test_withdrawing_what_has_no_row_waits_for_no_lock(open_database: Open, db_path: str) -> None:
+    database = open_database()
+    database.register([file()])
+    with write_lock(db_path):
+        database.withdraw([entry("/data/none"), entry(action="other")])
+        with pytest.raises(DatabaseUnavailableError):
+            database.withdraw([entry()])
+    database.withdraw([entry()])
+    (row,) = rows(db_path)
+    assert row["ignore"] == 1
