@@ -196,7 +196,7 @@ class Stats:
 
     def data(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """Build what these counters tell of ``session.data``; `counts` are the spool's, of one moment."""
-        settling = counts["settling"]
+        settling = counts["registered"]  # registered, and still in the spool
         return {
             "timestamp": self._clock(),
             "degraded": {name: condition.reason for name, condition in self._conditions.copy().items()},

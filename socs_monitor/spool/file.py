@@ -77,7 +77,7 @@ PRAGMA user_version = {VERSION};
 # What was received is all that is taken over from version 1: the rest follows from it.
 _FROM_VERSION_1 = f"""
 ALTER TABLE registrations RENAME TO former;
-DROP INDEX dead;
+DROP INDEX IF EXISTS dead;
 {_SCHEMA}
 INSERT INTO registrations (received, sender, message, due) SELECT received, sender, message, 0 FROM former ORDER BY id;
 DROP TABLE former;
@@ -160,7 +160,7 @@ def _open_checked(path: str) -> sqlite3.Connection:
         if version == 0 and tables == 0:
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         elif version == 1:
-            db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1} COMMIT;")
+            _take_over(db)
         elif version != VERSION:
             raise _UnknownVersionError(f"version {version}, expected {VERSION}")
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
@@ -170,6 +170,16 @@ def _open_checked(path: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _take_over(db: sqlite3.Connection) -> None:
+    """Bring a version 1 file to this version."""
+    try:
+        db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1} COMMIT;")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a table or column is missing
+            raise _UnknownVersionError(f"not the layout of version 1: {error}") from error
+        raise
 
 
 def file_bytes(connection: sqlite3.Connection) -> int:
