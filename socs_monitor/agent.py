@@ -369,6 +369,7 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
+    reactor.seconds = time.monotonic  # Twisted's timers follow the wall clock, and stand still when that is set back
     # until the reactor has its own handler; an exception here would be taken for one of what is just going on
     signal.signal(signal.SIGTERM, lambda *_: reactor.callWhenRunning(reactor.stop))
     parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import math
 import operator
 import queue
 import threading
@@ -35,6 +36,9 @@ INBOX_MAX = 64 * 1024 * 1024
 # Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
 BATCH = 500
 
+# Accepted batches whose time is remembered; of more, every other one is forgotten, the first excepted.
+_ARRIVALS_MAX = 10_000
+
 _SYNC_INTERVAL_S = 1.0
 _RETRY_S = 1.0
 
@@ -47,7 +51,10 @@ _id = operator.attrgetter("id")
 
 
 class Measure(NamedTuple):
-    """The spool's size in bytes, and when its oldest pending registration arrived: unix time, None if there is none."""
+    """The spool's size in bytes, and the arrival of its oldest pending registration.
+
+    The arrival is in seconds of CLOCK_MONOTONIC, None where nothing is pending.
+    """
 
     bytes: int
     oldest: float | None
@@ -61,19 +68,27 @@ class Intake:
         file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
         stats: Counts what is received and learns of trouble.
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         measured (Measure): How the spool was at the latest `measure`.
     """
 
     def __init__(
-        self, spool: Spool, file_queue: queue.Queue[Meta], stats: Stats, clock: Callable[[], float] = time.time
+        self,
+        spool: Spool,
+        file_queue: queue.Queue[Meta],
+        stats: Stats,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
         self._stats = stats
         self._clock = clock
+        self._monotonic = monotonic
+        self._started = clock(), monotonic()
         # A deque and a bell, and no lock that the writer takes as well: under load it would hardly ever get it. The
         # bell is a SimpleQueue, which costs a fifth of what an Event does.
         self._inbox: deque[tuple[Meta, Incoming, int]] = deque()  # the last are the bytes put up to then
@@ -88,7 +103,8 @@ class Intake:
         self._beyond_queue = False  # there may be pending registrations that are in the spool only
         self._woken = False
         self._cursor = 0
-        self._in_hand: dict[int, float] = {}  # when what was taken and is not yet `done` arrived, oldest first
+        self._in_hand: dict[int, float] = {}  # `received` of what was taken and is not yet `done`, oldest first
+        self._arrivals: list[tuple[int, float]] = []  # first id of each accepted batch, and CLOCK_MONOTONIC
 
     def start(self) -> None:
         """Write the spool from a thread of its own from now on."""
@@ -166,6 +182,9 @@ class Intake:
 
     def _enqueue(self, registrations: list[Registration]) -> None:
         with self._queue.mutex:
+            self._arrivals.append((registrations[0].id, self._monotonic()))
+            if len(self._arrivals) > _ARRIVALS_MAX:
+                del self._arrivals[1::2]
             if self._beyond_queue or len(self._queue.queue) + len(registrations) > QUEUE_MAX:
                 self._beyond_queue = True
             else:  # the consumer may have been faster, and read some of these from the spool
@@ -231,18 +250,27 @@ class Intake:
 
     @property
     def oldest(self) -> float | None:
-        """Unix time at which the oldest pending registration arrived; None where nothing is pending.
+        """When the oldest pending registration arrived (CLOCK_MONOTONIC); None where nothing is pending.
 
         Raises:
             SpoolError: If the spool had to be asked, and cannot be read now.
         """
         with self._queue.mutex:
             if self._in_hand:
-                return next(iter(self._in_hand.values()))
+                return self._arrival(*next(iter(self._in_hand.items())))
             heads = [item for item in itertools.islice(self._queue.queue, 1) if isinstance(item, Registration)]
             if not heads and self._beyond_queue:
                 heads = self._spool.pending(self._cursor, 1)
-            return heads[0].received if heads else None
+            return self._arrival(heads[0].id, heads[0].received) if heads else None
+
+    def _arrival(self, id_: int, received: float) -> float:
+        """When a registration arrived (CLOCK_MONOTONIC); what was here before the start tells only its unix time."""
+        place = bisect.bisect(self._arrivals, (id_, math.inf)) - 1
+        if place < 0:
+            started_wall, started = self._started
+            return started - max(0.0, started_wall - received)
+        del self._arrivals[:place]  # nothing older is pending
+        return self._arrivals[0][1]
 
     def measure(self) -> None:
         """Measure the spool; it may take as long as the disk does."""

@@ -7,6 +7,7 @@ registration leave the spool. What fails is tried again or becomes a dead letter
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 import threading
@@ -44,7 +45,7 @@ class Registrar:
         stats: Learns of files and of trouble.
         policy: How files are treated.
         debug: Called with a line for each file; None where nobody reads that.
-        clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Registrar:
         stats: Stats,
         policy: Policy,
         debug: Callable[[str], None] | None,
-        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._intake = intake
         self._spool = spool
@@ -63,7 +64,7 @@ class Registrar:
         self._stats = stats
         self._policy = policy
         self._debug = debug
-        self._clock = clock
+        self._monotonic = monotonic
         self._stopping = threading.Event()
         self._reset()
 
@@ -114,7 +115,14 @@ class Registrar:
 
     def _reload(self, _: None) -> None:
         self._spool.unsettle()
-        self._waiting = self._spool.waiting_times()
+        now = self._monotonic()
+
+        @functools.cache
+        def latest(attempts: int) -> float:
+            return now + (retry_delay(max(attempts - 1, 0), self._policy.give_up_after) or RETRY_MAX_S)
+
+        # a time of another boot means nothing in this one, so no registration waits longer than its full delay
+        self._waiting = [(min(due, latest(attempts)), id_) for due, id_, attempts in self._spool.waiting_times()]
         heapq.heapify(self._waiting)
 
     def step(self, timeout: float) -> bool:
@@ -123,7 +131,7 @@ class Registrar:
         Returns:
             Whether anything was done.
         """
-        if (blocked := self._blocked_until - self._clock()) > 0:
+        if (blocked := self._blocked_until - self._monotonic()) > 0:
             self._stopping.wait(min(timeout, blocked))
             return False
         try:
@@ -163,7 +171,7 @@ class Registrar:
 
     def _patience(self) -> float:
         """Seconds until there is something to do of itself."""
-        now = self._clock()
+        now = self._monotonic()
         if self._blocked_until > now:
             return self._blocked_until - now
         if self._owed:
@@ -176,7 +184,7 @@ class Registrar:
         return min(max(0.0, min(times) - now), RETRY_MAX_S)
 
     def _block(self) -> None:
-        self._blocked_until = self._clock() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+        self._blocked_until = self._monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
 
     def _owe(self, operation: Callable[[Any], Any], argument: Any) -> None:
@@ -199,7 +207,7 @@ class Registrar:
         while self._revived:
             heapq.heappush(self._waiting, (0.0, self._revived.popleft()))
         due: list[tuple[float, int]] = []
-        while self._waiting and self._waiting[0][0] <= self._clock() and len(due) < BATCH:
+        while self._waiting and self._waiting[0][0] <= self._monotonic() and len(due) < BATCH:
             due.append(heapq.heappop(self._waiting))
         if due:
             try:
@@ -210,7 +218,7 @@ class Registrar:
 
     def _look_again(self) -> None:
         """Look again at files that were registered; settle those that stayed as they were, take up the others."""
-        now = self._clock()
+        now = self._monotonic()
         if self._settling.due > now:
             return
         if self._database.is_replaced():
@@ -237,7 +245,7 @@ class Registrar:
         """
         ids, reason = ids_and_reason
         registrations = self._spool.settling(ids)
-        self._spool.wait([Failure(registration, reason, due=self._clock()) for registration in registrations])
+        self._spool.wait([Failure(registration, reason, due=self._monotonic()) for registration in registrations])
         self._work.extend(registrations)
 
     def _hash(self) -> None:
@@ -275,7 +283,7 @@ class Registrar:
                 hours = self._policy.give_up_after / 3600
                 dead.append(failure._replace(reason=f"{failure.reason}, given up after {hours:.3g} h"))
             else:
-                waiting.append(failure._replace(due=self._clock() + (delay or RETRY_MAX_S)))
+                waiting.append(failure._replace(due=self._monotonic() + (delay or RETRY_MAX_S)))
         if done:
             self._owe(self._remove, list(done.values()))
         if waiting:
@@ -350,4 +358,4 @@ class Registrar:
             if former := self._settling.take_all():
                 self._owe(self._take_up, (former, "the database was replaced"))
             self._database_identity = self._database.identity
-        self._settling.add(batch, self._clock())
+        self._settling.add(batch, self._monotonic())

@@ -39,21 +39,26 @@ class Report:
         sequences: Knows what senders lost.
         spool: The spool.
         intake: Measures it.
-        clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         receiver (Receiver): The UDP port; None before there is one.
     """
 
     def __init__(
-        self, stats: Stats, sequences: Sequences, spool: Spool, intake: Intake, clock: Callable[[], float] = time.time
+        self,
+        stats: Stats,
+        sequences: Sequences,
+        spool: Spool,
+        intake: Intake,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stats = stats
         self._sequences = sequences
         self._spool = spool
         self._intake = intake
-        self._clock = clock
-        self._begin = clock()
+        self._monotonic = monotonic
+        self._begin = monotonic()
         self._dropped = 0
         self.receiver: Receiver | None = None
 
@@ -113,7 +118,7 @@ class Report:
 
     def _look_at_oldest(self) -> None:
         # what a stopped agent left behind has a minute from the start
-        waited = min(self._age(), self._clock() - self._begin)
+        waited = min(self._age(), self._monotonic() - self._begin)
         if waited > OLDEST_S:
             self._stats.trouble(
                 "oldest",
@@ -129,7 +134,7 @@ class Report:
         oldest = self._intake.measured.oldest
         if oldest is None or not self._spool.counts["pending"]:
             return 0.0
-        return max(0.0, self._clock() - oldest)
+        return max(0.0, self._monotonic() - oldest)
 
     def data(self) -> dict[str, Any]:
         """Build ``session.data``."""

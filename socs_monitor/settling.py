@@ -45,11 +45,11 @@ class Settling:
 
     @property
     def due(self) -> float:
-        """Unix time of the next look; infinite where there is none."""
+        """Time of the next look (CLOCK_MONOTONIC); infinite where there is none."""
         return self._batches[0][0] if self._batches else math.inf
 
     def add(self, batch: Sequence[Hashed], now: float) -> None:
-        """Take a batch whose rows were committed just `now` (unix time)."""
+        """Take a batch whose rows were committed just `now` (CLOCK_MONOTONIC)."""
         entries = [Registered(r.id, file.entry.local_path, seen) for r, file, seen in batch]
         delays = [self._delays[entry.id] for entry in entries if entry.id in self._delays] if self._delays else ()
         due = now + max(delays, default=self._settle_after)
@@ -61,7 +61,7 @@ class Settling:
         return self._delays
 
     def look(self, now: float) -> tuple[list[int], list[Registered]]:
-        """Look at all files that are due.
+        """Look at all files that are due at `now` (CLOCK_MONOTONIC).
 
         Returns:
             The ids of those that are settled, and those that changed.

@@ -84,7 +84,7 @@ class Registration(dict[str, Any]):
 
 
 class Failure(NamedTuple):
-    """Why a registration is not a row: `due` (unix time) is when it is tried again, None for a dead letter."""
+    """Why a registration is not a row: `due` (CLOCK_MONOTONIC) is when it is tried again, None for a dead letter."""
 
     registration: Registration
     reason: str
@@ -187,10 +187,13 @@ class Spool:
         """Return those of the registrations `ids` that are waiting, in order."""
         return self._select(f"state = 'waiting' AND {_IDS} ORDER BY id", (json.dumps(list(ids)),))
 
-    def waiting_times(self) -> list[tuple[float, int]]:
-        """Return when (unix time) each waiting registration is due, with its id."""
+    def waiting_times(self) -> list[tuple[float, int, int]]:
+        """Return when each waiting registration is due, its id, and its number of attempts.
+
+        The time is CLOCK_MONOTONIC of the boot in which it was written: it means nothing in another one.
+        """
         with self._reading() as db:
-            return db.execute("SELECT due, id FROM registrations WHERE state = 'waiting'").fetchall()
+            return db.execute("SELECT due, id, attempts FROM registrations WHERE state = 'waiting'").fetchall()
 
     def registered(self, registrations: Sequence[Registration]) -> None:
         """Count registrations as settling: their rows are committed.

@@ -11,6 +11,7 @@ one table. Layout, version 1 (``PRAGMA user_version``)::
               settling  as an earlier version left it; taken for pending
               dead      given up or refused, kept for a person, with its `reason`
     received  unix time of acceptance
+    due       seconds of CLOCK_MONOTONIC, so of no meaning after a reboot; unix time as an earlier version left it
     sender    host:port
     message   the datagram's JSON text, as it came: a replay parses it again
     refused   1 where the message itself can never become a row, 0 where its file failed

@@ -29,8 +29,8 @@ class Bench:
         self.chain = chain
         self.clock = clock
         self.port = Port()
-        self.sequences = Sequences(clock)
-        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock)
+        self.sequences = Sequences(clock, clock.monotonic)
+        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock.monotonic)
         self.report.receiver = self.port.receiver
 
     def arrive(self, *numbers: int, id_: str = "crate1slot2") -> None:
