@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from socs_monitor.intake import Intake
+from socs_monitor.logpipe import LogPipe
 from socs_monitor.sequences import Sequences
 from socs_monitor.spool import Spool
 from socs_monitor.stats import Stats
@@ -43,6 +44,7 @@ class Report:
 
     Attributes:
         receiver (Receiver): The UDP port; None before there is one.
+        log (LogPipe): Where the log goes; None where another program or nobody has it.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Report:
         self._monotonic = monotonic
         self._begin = monotonic()
         self._dropped = 0
+        self._lines_dropped = 0
         self.receiver: Receiver | None = None
+        self.log: LogPipe | None = None
 
     def look(self) -> None:
         """Log what is due, and let conditions begin and end."""
@@ -70,6 +74,8 @@ class Report:
             self._look_at_socket(self.receiver)
         self._look_at_spool()
         self._look_at_oldest()
+        if self.log is not None:
+            self._look_at_log(self.log)
 
     def _look_for_gaps(self) -> None:
         for loss in self._sequences.settle():
@@ -129,6 +135,17 @@ class Report:
         else:
             self._stats.cured("oldest", "registrations get their rows in time again")
 
+    def _look_at_log(self, log: LogPipe) -> None:
+        """Report lines that were dropped, as soon as the log is read again."""
+        if (lines := log.dropped - self._lines_dropped) and not log.stuck:
+            self._lines_dropped += lines
+            text = (
+                f"dropped {lines} lines of this log, {self._lines_dropped} so far: the program that reads the agent's"
+                " standard output had stopped reading. Files were registered meanwhile. Check the log driver, or the"
+                " program behind the pipe"
+            )
+            self._stats.repeated("warn", "log_dropped", text, lines=lines)
+
     def _age(self) -> float:
         """Age of the oldest registration that has no row yet, in seconds."""
         oldest = self._intake.measured.oldest
@@ -159,5 +176,6 @@ class Report:
                 "listening": receiver is not None and receiver.listening,
             },
             "queue": {"depth": counts["pending"], "oldest": self._age()},
+            "log": {"dropped": self.log.dropped if self.log else 0},
             "spool": {"bytes": self._intake.measured.bytes, "max_bytes": self._spool.max_bytes},
         }
