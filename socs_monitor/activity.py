@@ -22,7 +22,7 @@ _WINDOW_S = 60
 
 
 class _Stream:
-    __slots__ = ("day", "files", "files_today", "last_file", "last_metadata")
+    __slots__ = ("day", "files", "files_today", "heard", "last_file", "last_metadata")
 
     def __init__(self) -> None:
         self.files = 0
@@ -30,10 +30,11 @@ class _Stream:
         self.files_today = 0
         self.last_file: float | None = None
         self.last_metadata: float | None = None
+        self.heard = 0.0  # CLOCK_MONOTONIC
 
     @property
     def worth(self) -> tuple[bool, float]:
-        return self.files > 0, max(self.last_file or 0.0, self.last_metadata or 0.0)
+        return self.files > 0, self.heard
 
 
 class StreamActivity:
@@ -41,10 +42,12 @@ class StreamActivity:
 
     Args:
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
         self._clock = clock
+        self._monotonic = monotonic
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
 
@@ -73,6 +76,7 @@ class StreamActivity:
             if len(self._streams) >= MAX_STREAMS:
                 del self._streams[min(self._streams, key=lambda known: self._streams[known].worth)]
             stream = self._streams[name] = _Stream()
+        stream.heard = self._monotonic()
         return stream
 
     def data(self) -> dict[str, dict[str, Any]]:
@@ -98,21 +102,21 @@ class WriteTimes:
     """How long the database's commits take.
 
     Args:
-        clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         errors (int): How often the database could not be used.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
         self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # by second
         self._last = 0.0
         self.errors = 0
 
     def wrote(self, seconds: float) -> None:
         """Note that a commit took so long."""
-        second = int(self._clock())
+        second = int(self._monotonic())
         if self._longest and self._longest[-1][0] == second:
             seconds_before = self._longest.pop()[1]
             self._longest.append((second, max(seconds, seconds_before)))
@@ -122,6 +126,6 @@ class WriteTimes:
 
     def data(self) -> dict[str, float]:
         """Seconds of the last commit, and of the longest within the last minute; the number of errors."""
-        since = self._clock() - _WINDOW_S
+        since = self._monotonic() - _WINDOW_S
         recent = [seconds for second, seconds in self._longest.copy() if second >= since]
         return {"write": self._last, "write_max": max(recent, default=0.0), "errors": self.errors}

@@ -7,11 +7,13 @@ The way of a datagram: `PysmurfMonitor.datagramReceived` (reactor) -> `messages.
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import gc
 import ipaddress
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -30,6 +32,7 @@ from twisted.internet.task import LoopingCall
 from socs_monitor import messages, options, statsfeed, udp
 from socs_monitor.archive import create_remote_path
 from socs_monitor.feeds import Feeds
+from socs_monitor.logpipe import LogPipe
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
 from socs_monitor.registration.registrar import Registrar
@@ -127,14 +130,18 @@ class PysmurfMonitor(DatagramProtocol):
     def _report(self) -> Report:
         return Report(self._stats, self._sequences, self._spool, self._intake)
 
-    def start(self) -> None:
+    def start(self, log: LogPipe | None) -> None:
         """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
+
+        Args:
+            log: Where the log goes; None if there is no standard output.
 
         Raises:
             SpoolError: If the spool cannot be opened, or another process has it.
             twisted.internet.error.CannotListenError: If the port cannot be bound.
         """
         self._intake.start()
+        self._report.log = log
         Tasks(self._spool, self._intake, self._registrar, self._stats, self.db_path).register(self.agent)
         self._receiver = self._report.receiver = self._listen()
         self._feeds.start(reactor)
@@ -242,6 +249,7 @@ class PysmurfMonitor(DatagramProtocol):
                            'last': '/data/so/timestreams/17000/crate1slot2/1700000000_002.g3',
                            'last_time': 1700000000.2},
                  'queue': {'depth': 0, 'oldest': 0.0},
+                 'log': {'dropped': 0},
                  'database': {'write': 0.003, 'write_max': 0.02, 'errors': 0},
                  'spool': {'bytes': 12345, 'max_bytes': 1073741824},
                  'streams': {'crate1slot2': {'files_today': 12, 'last_file': 1700000000.1,
@@ -263,7 +271,8 @@ class PysmurfMonitor(DatagramProtocol):
             Of the ``files``, ``received`` always equals ``registered`` + ``pending`` + ``waiting`` + ``dead`` +
             ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more. The
             ``queue`` holds the pending ones; its ``oldest`` is an age in seconds. ``database`` tells the seconds
-            that the last commit took, and the longest of the last minute. ``streams`` are the latest 50, with the
+            that the last commit took, and the longest of the last minute. ``log`` counts the lines of the log that
+            were dropped, because nobody read the agent's standard output. ``streams`` are the latest 50, with the
             files of this day (UTC), and ``problems`` the latest 20.
         """
         once = bool((params or {}).get("test_mode")) or bool(getattr(self._args, "test_mode", False))
@@ -367,18 +376,30 @@ def _end_sessions(agent: Any) -> Deferred[Any]:
     return DeferredList([agent.wait(session.op_name, timeout=_END_S) for session in running])
 
 
+def _begin_log() -> LogPipe | None:
+    """Begin the log on the standard output, if there is one."""
+    log = None
+    if sys.stdout is not None:
+        sys.stdout.flush()
+        log = LogPipe(sys.stdout.fileno())
+        atexit.register(log.close)
+    txaio.start_logging(out=log, level=_LOG_LEVEL)  # type: ignore[attr-defined]
+    return log
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
+    reactor.seconds = time.monotonic  # Twisted's timers follow the wall clock, and stand still when that is set back
     # until the reactor has its own handler; an exception here would be taken for one of what is just going on
     signal.signal(signal.SIGTERM, lambda *_: reactor.callWhenRunning(reactor.stop))
     parsed = parse_args(args)  # before the log takes over, so that --help and errors look like any command's
-    txaio.start_logging(level=_LOG_LEVEL)  # type: ignore[attr-defined]
+    log = _begin_log()
     agent, runner = ocs_agent.init_site_agent(parsed)
     agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
     try:
-        monitor.start()
+        monitor.start(log)
     except (SpoolError, CannotListenError) as error:
         raise SystemExit(f"PysmurfMonitor cannot start: {error}") from error
     # what is there by now stays, and looking through it again and again would be a tenth of what a file costs

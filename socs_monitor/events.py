@@ -29,6 +29,7 @@ EVENTS: Mapping[str, str] = {
     "field": "A register is published under another name than its own, or not, since its type changed.",
     "database": "Something unusual was done to the database: an index made, a replaced file opened anew.",
     "spool": "The spool could not be read and was set aside.",
+    "log_dropped": "Lines of the log were dropped, because the program that reads it had stopped reading.",
     "configuration": "An option is missing that a site should set.",
     "unforeseen": "An error that nobody thought of; to be reported, with its traceback.",
 }

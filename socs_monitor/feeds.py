@@ -40,13 +40,13 @@ class Feeds:
     Args:
         agent: The OCSAgent, or whatever has its ``register_feed`` and ``publish_to_feed``.
         stats: Learns what could not be published.
-        clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
-    def __init__(self, agent: Any, stats: Stats, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, agent: Any, stats: Stats, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._agent = agent
         self._stats = stats
-        self._clock = clock
+        self._monotonic = monotonic
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
         self._streams = Streams(Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "field", text))
         self._recorded: dict[str, Any] = {}
@@ -61,7 +61,7 @@ class Feeds:
 
     def session(self, message: SessionMessage) -> None:
         """Publish a session message, at once or as soon as the router is there."""
-        self._backlog.append((self._clock(), message.envelope))
+        self._backlog.append((self._monotonic(), message.envelope))
         if len(self._backlog) > BACKLOG_MAX:
             self._backlog.popleft()
             self._stats.unpublished["session messages: no router"] += 1
@@ -70,7 +70,7 @@ class Feeds:
     def _publish_backlog(self) -> None:
         while self._backlog and self._router_joined():
             since, envelope = self._backlog.popleft()
-            if self._clock() - since > BACKLOG_AGE_S:
+            if self._monotonic() - since > BACKLOG_AGE_S:
                 self._stats.unpublished["session messages: no router"] += 1
             else:
                 self._publish(SESSION_FEED, envelope)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from socs_monitor.logpipe import LogPipe
 from socs_monitor.sequences import Sequences
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
@@ -39,23 +40,31 @@ class Report:
         sequences: Knows what senders lost.
         spool: The spool.
         intake: Measures it.
-        clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         receiver (Receiver): The UDP port; None before there is one.
+        log (LogPipe): Where the log goes; None where another program or nobody has it.
     """
 
     def __init__(
-        self, stats: Stats, sequences: Sequences, spool: Spool, intake: Intake, clock: Callable[[], float] = time.time
+        self,
+        stats: Stats,
+        sequences: Sequences,
+        spool: Spool,
+        intake: Intake,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stats = stats
         self._sequences = sequences
         self._spool = spool
         self._intake = intake
-        self._clock = clock
-        self._begin = clock()
+        self._monotonic = monotonic
+        self._begin = monotonic()
         self._dropped = 0
+        self._lines_dropped = 0
         self.receiver: Receiver | None = None
+        self.log: LogPipe | None = None
 
     def look(self) -> None:
         """Log what is due, and let conditions begin and end."""
@@ -65,6 +74,8 @@ class Report:
             self._look_at_socket(self.receiver)
         self._look_at_spool()
         self._look_at_oldest()
+        if self.log is not None:
+            self._look_at_log(self.log)
 
     def _look_for_gaps(self) -> None:
         for loss in self._sequences.settle():
@@ -113,7 +124,7 @@ class Report:
 
     def _look_at_oldest(self) -> None:
         # what a stopped agent left behind has a minute from the start
-        waited = min(self._age(), self._clock() - self._begin)
+        waited = min(self._age(), self._monotonic() - self._begin)
         if waited > OLDEST_S:
             self._stats.trouble(
                 "oldest",
@@ -124,12 +135,23 @@ class Report:
         else:
             self._stats.cured("oldest", "registrations get their rows in time again")
 
+    def _look_at_log(self, log: LogPipe) -> None:
+        """Report lines that were dropped, as soon as the log is read again."""
+        if (lines := log.dropped - self._lines_dropped) and not log.stuck:
+            self._lines_dropped += lines
+            text = (
+                f"dropped {lines} lines of this log, {self._lines_dropped} so far: the program that reads the agent's"
+                " standard output had stopped reading. Files were registered meanwhile. Check the log driver, or the"
+                " program behind the pipe"
+            )
+            self._stats.repeated("warn", "log_dropped", text, lines=lines)
+
     def _age(self) -> float:
         """Age of the oldest registration that has no row yet, in seconds."""
         oldest = self._intake.measured.oldest
         if oldest is None or not self._spool.counts["pending"]:
             return 0.0
-        return max(0.0, self._clock() - oldest)
+        return max(0.0, self._monotonic() - oldest)
 
     def data(self) -> dict[str, Any]:
         """Build ``session.data``."""
@@ -154,5 +176,6 @@ class Report:
                 "listening": receiver is not None and receiver.listening,
             },
             "queue": {"depth": counts["pending"], "oldest": self._age()},
+            "log": {"dropped": self.log.dropped if self.log else 0},
             "spool": {"bytes": self._intake.measured.bytes, "max_bytes": self._spool.max_bytes},
         }

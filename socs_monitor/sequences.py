@@ -52,7 +52,7 @@ class Loss(NamedTuple):
 
 
 class _Range:
-    """Missing numbers `first` to `last`, since `since`; `counted` once they are a loss."""
+    """Missing numbers `first` to `last`, since `since` (CLOCK_MONOTONIC); `counted` once they are a loss."""
 
     __slots__ = ("counted", "first", "last", "since")
 
@@ -91,14 +91,16 @@ class Sequences:
 
     Args:
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         lost (int): Number of messages that did not arrive.
         reordered (int): Number of messages that arrived after one that was sent later.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._monotonic = monotonic
         # Two generations: who is not heard of while MAX_SENDERS / 2 others are is forgotten. So a message in order
         # costs no more than a look-up.
         self._senders: dict[Key, _Sender] = {}
@@ -147,7 +149,7 @@ class Sequences:
         ahead = 0 if sender.next is None else number - sender.next
         if 0 <= ahead <= MAX_JUMP:
             if ahead > excused:
-                self._miss(sender, _Range(number - ahead, number - 1 - excused, self._clock()))
+                self._miss(sender, _Range(number - ahead, number - 1 - excused, self._monotonic()))
         elif -MAX_JUMP <= ahead < 0 and not _starts_anew(sender, number, -ahead, sent):
             self._late(sender, number)
             return
@@ -181,7 +183,7 @@ class Sequences:
 
     def settle(self) -> list[Loss]:
         """Count what has been missing for long enough; return what was lost, by sender. To be called each second."""
-        now = self._clock()
+        now, wall = self._monotonic(), self._clock()
         losses = []
         for sender in list(self._unsettled.values()):
             lost, sender.forgotten = sender.forgotten, 0
@@ -189,13 +191,13 @@ class Sequences:
             for missing in sender.missing:
                 if not missing.counted and now - missing.since >= GRACE_S:
                     missing.counted = True
-                    sender.last_loss = missing.since
+                    sender.last_loss = wall - (now - missing.since)
                     lost += len(missing)
                 waits = waits or not missing.counted
             if not waits:
                 del self._unsettled[sender.key]
             if lost:
-                sender.last_loss = sender.last_loss or now
+                sender.last_loss = sender.last_loss or wall
                 sender.lost += lost
                 self.lost += lost
                 losses.append(sender.loss(lost))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -35,7 +36,7 @@ _SENDERS_MAX = 1000
 
 
 class _Condition(NamedTuple):
-    """Holds for the `reason`, at the longest until `until` (unix time)."""
+    """Holds for the `reason`, at the longest until `until` (CLOCK_MONOTONIC)."""
 
     reason: str
     until: float
@@ -58,6 +59,7 @@ class Stats:
     Args:
         say: Called with ``(level, line)`` for each line that belongs in the log.
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         datagrams (Counter): Number of datagrams by message type.
@@ -71,9 +73,15 @@ class Stats:
         writes (WriteTimes): How long the database takes.
     """
 
-    def __init__(self, say: Callable[[str, str], None], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        say: Callable[[str, str], None],
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._say = say
         self._clock = clock
+        self._monotonic = monotonic
         self._conditions: dict[str, _Condition] = {}
         self._problems: deque[dict[str, object]] = deque(maxlen=MAX_PROBLEMS)
         self.datagrams: Counter[str] = Counter()
@@ -82,15 +90,15 @@ class Stats:
         self.refused: Counter[str] = Counter()
         self._useless: Counter[str] = Counter()
         self._useless_senders: Counter[str] = Counter()
-        self._said: defaultdict[str, float] = defaultdict(float)
+        self._said: defaultdict[str, float] = defaultdict(lambda: -math.inf)  # CLOCK_MONOTONIC, by event
         self._unsaid: dict[str, _Held] = {}
         self.unpublished: Counter[str] = Counter()
         self._unsaid_files = 0
         self._counting = threading.Lock()
         self.last_file = ""
         self.last_time: float | None = None
-        self.streams = StreamActivity(clock)
-        self.writes = WriteTimes(clock)
+        self.streams = StreamActivity(clock, monotonic)
+        self.writes = WriteTimes(monotonic)
 
     @property
     def degraded(self) -> bool:
@@ -106,7 +114,7 @@ class Stats:
 
     def alarm(self, condition: str, reason: str, seconds: float) -> None:
         """Have `condition` hold for so long; the log has been told of its `reason` already."""
-        self._conditions[condition] = _Condition(_bounded(reason), self._clock() + seconds)
+        self._conditions[condition] = _Condition(_bounded(reason), self._monotonic() + seconds)
 
     def cured(self, condition: str, text: str) -> None:
         """Note that `condition` no longer holds; `text` is logged if it did."""
@@ -131,7 +139,7 @@ class Stats:
             self.last_file = path
             self.last_time = self._clock()
         self.streams.registered(publishers)
-        if self.last_time - self._said["registered"] >= REGISTERED_S:
+        if self._monotonic() - self._said["registered"] >= REGISTERED_S:
             self.say_registered()
 
     def say_registered(self) -> None:
@@ -139,7 +147,7 @@ class Stats:
         with self._counting:
             files, self._unsaid_files = self._unsaid_files, 0
         if files:
-            self._said["registered"] = self._clock()
+            self._said["registered"] = self._monotonic()
             self.log("info", "registered", f"registered {files} files", files=files, path=self.last_file)
 
     def useless(self, reason: str, sender: str) -> None:
@@ -148,7 +156,7 @@ class Stats:
         self._useless[reason] += 1
         if sender in self._useless_senders or len(self._useless_senders) < _SENDERS_MAX:
             self._useless_senders[sender] += 1
-        if self._clock() - self._said["dropped"] >= DIGEST_S:
+        if self._monotonic() - self._said["dropped"] >= DIGEST_S:
             self._say_useless()
 
     def _say_useless(self) -> None:
@@ -159,21 +167,21 @@ class Stats:
         self.log("warn", "dropped", text, count=count, sender=self._useless_senders.most_common(1)[0][0])
         self._useless.clear()
         self._useless_senders.clear()
-        self._said["dropped"] = self._clock()
+        self._said["dropped"] = self._monotonic()
 
     def repeated(self, level: str, event: str, text: str, **keys: object) -> None:
         """Log a line of which there may be many: of each event one a minute is written, the others are counted."""
-        if self._clock() - self._said[event] < DIGEST_S:
+        if self._monotonic() - self._said[event] < DIGEST_S:
             held = self._unsaid.get(event)
             self._unsaid[event] = _Held(held.number + 1 if held else 1, level, text, keys)
         else:
-            self._said[event] = self._clock()
+            self._said[event] = self._monotonic()
             self.log(level, event, text, **keys)
 
     def digest(self) -> None:
         """Log what was held back and is due, and end the conditions that are over; to be called each second."""
         self.say_registered()
-        now = self._clock()
+        now = self._monotonic()
         if self._useless and now - self._said["dropped"] >= DIGEST_S:
             self._say_useless()
         for event in [event for event in self._unsaid if now - self._said[event] >= DIGEST_S]:

@@ -37,15 +37,33 @@ _mtime_ns = 1_700_000_000 * 10**9
 
 
 class Clock:
-    """Unix time that passes only when told to."""
+    """Unix time and, as its method `monotonic`, CLOCK_MONOTONIC; they pass only when told to.
+
+    Attributes:
+        now: Unix time. Setting it steps the wall clock alone.
+    """
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
+        self._monotonic = 1000.0  # not long after a boot
 
     def __call__(self) -> float:
         return self.now
 
+    def monotonic(self) -> float:
+        return self._monotonic
+
     def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+        self._monotonic += seconds
+
+    def advance_to(self, moment: float) -> None:
+        """Let time pass until a moment of CLOCK_MONOTONIC."""
+        self.advance(moment - self._monotonic)
+
+    def step(self, seconds: float) -> None:
+        """Step the wall clock, as an NTP daemon or a person may."""
         self.now += seconds
 
 
@@ -83,17 +101,25 @@ class Chain:
     Args:
         folder: Folder of the database, its spool, and the folder ``files``.
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
         policy: How files are treated.
 
     Attributes:
         said: All lines that belong in the log: level and text.
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
+    ) -> None:
         self.db_path = folder / "suprsync.db"
         self.spool_path = folder / "spool"
         self.files = folder / "files"
         self.clock = clock
+        self.monotonic = monotonic
         self.said: list[tuple[str, str]] = []
         own = (os.path.realpath(self.db_path), os.path.realpath(self.spool_path))
         self._policy = dataclasses.replace(policy or Policy(), own=own)
@@ -101,10 +127,10 @@ class Chain:
 
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
-        self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock)
+        self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
         self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"))
         self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.intake = Intake(self.spool, self.queue, self.stats, self.clock)
+        self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic)
         self.database = Database(
             str(self.db_path),
             create_table=True,
@@ -113,7 +139,7 @@ class Chain:
             clock=self.clock,
         )
         self.registrar = Registrar(
-            self.intake, self.spool, self.database, self.stats, self._policy, lambda _: None, self.clock
+            self.intake, self.spool, self.database, self.stats, self._policy, lambda _: None, self.monotonic
         )
 
     def crash(self) -> None:
@@ -196,8 +222,8 @@ class Chain:
         return [(os.path.basename(letter["path"]), letter["reason"], letter["refused"]) for letter in letters]
 
     def next_due(self) -> float:
-        """Unix time at which the only registration that waits is tried again."""
-        ((due, _),) = self.spool.waiting_times()
+        """When the only registration that waits is tried again (CLOCK_MONOTONIC)."""
+        ((due, _, _),) = self.spool.waiting_times()
         return due
 
     def archive(self, name: str, *, remove: bool) -> None:

@@ -8,6 +8,7 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     id        in the order of arrival, never used twice
     state     one of `states.STORED`
     received  unix time of acceptance
+    due       seconds of CLOCK_MONOTONIC, so of no meaning after a reboot; unix time as an earlier version left it
     sender    host:port
     message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
     attempts  number of failed attempts to read its file
@@ -84,7 +85,7 @@ DROP TABLE former;
 """
 
 OLDEST_PENDING = (
-    f"SELECT received FROM registrations INDEXED BY unregistered WHERE {_OPEN} AND state = '{State.PENDING}'"
+    f"SELECT id, received FROM registrations INDEXED BY unregistered WHERE {_OPEN} AND state = '{State.PENDING}'"
     " ORDER BY id LIMIT 1"
 )
 

@@ -11,7 +11,9 @@ once, and is taken up from there.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -37,6 +39,10 @@ _MEMORY = 2_000
 BATCH = 500
 
 _SYNC_INTERVAL_S = 1.0
+
+# A wall clock that is adjusted by more than this between two batches was set (seconds).
+_STEP_S = 1.0
+
 _RETRY_S = 1.0
 
 _IN_MEMORY = "Registrations are kept in memory until it works again, and refused when memory is full, too"
@@ -106,7 +112,10 @@ class FileQueue(queue.Queue[Meta]):
 
 
 class Measure(NamedTuple):
-    """The spool's size in bytes, and when its oldest pending registration arrived: unix time, None if there is none."""
+    """The spool's size in bytes, and the arrival of its oldest pending registration.
+
+    The arrival is in seconds of CLOCK_MONOTONIC, None where nothing is pending.
+    """
 
     bytes: int
     oldest: float | None
@@ -120,19 +129,28 @@ class Intake:
         file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
         stats: Counts what is received and takes conditions.
         clock: Gives unix time.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
 
     Attributes:
         measured (Measure): What the latest `measure` found.
     """
 
     def __init__(
-        self, spool: Spool, file_queue: FileQueue, stats: Stats, clock: Callable[[], float] = time.time
+        self,
+        spool: Spool,
+        file_queue: FileQueue,
+        stats: Stats,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
         self._stats = stats
         self._clock = clock
+        self._monotonic = monotonic
+        # by the first id that was received then, by how much unix time is ahead of CLOCK_MONOTONIC; one entry a step
+        self._offsets: list[tuple[int, float]] = [(0, clock() - monotonic())]
         self._put: list[tuple[Meta, Incoming]] = []  # since the latest `commit`
         self._putting = threading.Lock()
         self._batches: queue.SimpleQueue[list[tuple[Meta, Incoming]] | None] = queue.SimpleQueue()
@@ -230,6 +248,7 @@ class Intake:
         held = self._queue.has_room(memory)
         ids = self._spool.accept(batch, held=held)
         crashpoint.reach("spooled")
+        self._note_clock(ids[0])
         if held:
             self._queue.extend(
                 [
@@ -274,7 +293,19 @@ class Intake:
     def measure(self) -> None:
         """Measure the spool; it may take as long as the disk does."""
         with contextlib.suppress(SpoolError):  # reported where the spool is used
-            self.measured = Measure(self._spool.bytes, self._spool.oldest_pending())
+            oldest = self._spool.oldest_pending()
+            self.measured = Measure(self._spool.bytes, self._arrival(*oldest) if oldest else None)
+
+    def _note_clock(self, id_: int) -> None:
+        """Note a step of the wall clock before registration `id_` was received."""
+        offset = self._clock() - self._monotonic()
+        if abs(offset - self._offsets[-1][1]) > _STEP_S:
+            self._offsets.append((id_, offset))
+
+    def _arrival(self, id_: int, received: float) -> float:
+        """Return when a registration arrived, seconds of CLOCK_MONOTONIC."""
+        place = bisect.bisect(self._offsets, (id_, math.inf)) - 1
+        return received - self._offsets[place][1]
 
     def _write(self) -> None:
         while not self._closing.is_set():

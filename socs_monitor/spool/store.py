@@ -401,11 +401,11 @@ class Spool:
                 )
             ]
 
-    def oldest_pending(self) -> float | None:
-        """Return the unix time at which the oldest pending registration arrived; None where nothing is pending."""
+    def oldest_pending(self) -> tuple[int, float] | None:
+        """Return the id of the oldest pending registration, and its unix time; None where nothing is pending."""
         with self._reading() as db:
-            row = db.execute(file.OLDEST_PENDING).fetchone()
-        return row[0] if row else None
+            oldest: tuple[int, float] | None = db.execute(file.OLDEST_PENDING).fetchone()
+        return oldest
 
     def dead(self, ids: Iterable[int] | None = None, limit: int = MAX_DEAD) -> list[DeadLetter]:
         """Return the dead letters (those of `ids`, or all), oldest first."""

@@ -12,7 +12,7 @@ DAY_S = 86_400
 
 @pytest.fixture
 def streams(clock: Clock) -> StreamActivity:
-    return StreamActivity(clock)
+    return StreamActivity(clock, clock.monotonic)
 
 
 def test_files_and_metadata_are_told_by_stream(streams: StreamActivity, clock: Clock) -> None:
@@ -73,7 +73,7 @@ def test_a_streams_name_is_short_and_fit_to_be_shown(streams: StreamActivity, na
 
 
 def test_the_last_write_and_the_longest_of_the_last_minute_are_told(clock: Clock) -> None:
-    writes = WriteTimes(clock)
+    writes = WriteTimes(clock.monotonic)
     assert writes.data() == {"write": 0.0, "write_max": 0.0, "errors": 0}
     for seconds in (0.1, 0.9, 0.2):
         writes.wrote(seconds)
@@ -89,7 +89,7 @@ def test_the_last_write_and_the_longest_of_the_last_minute_are_told(clock: Clock
 
 
 def test_any_number_of_writes_takes_little_memory(clock: Clock) -> None:
-    writes = WriteTimes(clock)
+    writes = WriteTimes(clock.monotonic)
     for number in range(10_000):
         writes.wrote(float(number))
         clock.advance(0.25)

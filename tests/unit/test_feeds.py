@@ -73,14 +73,14 @@ class Agent:
 
 
 class Bench:
-    """Feeds over such an agent; `reactor` drives the timer, `clock` is unix time."""
+    """Feeds over such an agent; `reactor` drives the timer."""
 
     def __init__(self) -> None:
         self.agent = Agent()
         self.stats = Stats(lambda _level, _text: None)
         self.clock = Clock()
         self.reactor = ReactorClock()
-        self.feeds = Feeds(self.agent, self.stats, self.clock)
+        self.feeds = Feeds(self.agent, self.stats, self.clock.monotonic)
         self.feeds.start(self.reactor)
 
     def session(self, number: int) -> None:

@@ -73,7 +73,9 @@ class Machine(RuleBasedStateMachine):
         self.aside = self.folder / "aside"
         self.aside.mkdir()
         self.clock = Clock()
-        self.chain = Chain(self.folder, self.clock, Policy(settle_after=SETTLE_S, give_up_after=GIVE_UP_S))
+        self.chain = Chain(
+            self.folder, self.clock, self.clock.monotonic, Policy(settle_after=SETTLE_S, give_up_after=GIVE_UP_S)
+        )
         self.chain.registrar.begin()
         self.locks: dict[Path, contextlib.ExitStack] = {}
 

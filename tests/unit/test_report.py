@@ -16,6 +16,8 @@ from socs_monitor.sequences import GRACE_S, Sequences
 from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
 from tests import chain
 from tests.chain import Chain, Clock, write_lock
+from tests.harness import wait_until
+from tests.unit.test_logpipe import LINE, Pipe
 from tests.unit.test_udp import ASKED, overflow, twisted_lets_go_of_it
 from tests.unit.test_udp import Bench as Port
 
@@ -29,8 +31,8 @@ class Bench:
         self.chain = chain
         self.clock = clock
         self.port = Port()
-        self.sequences = Sequences(clock)
-        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock)
+        self.sequences = Sequences(clock, clock.monotonic)
+        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock.monotonic)
         self.report.receiver = self.port.receiver
 
     def arrive(self, *numbers: int, id_: str = "crate1slot2") -> None:
@@ -76,6 +78,7 @@ def test_the_session_data_has_all_the_documented_keys(bench: Bench, clock: Clock
     assert data["spool"] == {"bytes": bench.chain.spool.bytes, "max_bytes": bench.chain.spool.max_bytes}
     assert data["spool"]["bytes"] > 0
     assert data["streams"] == {}
+    assert data["log"] == {"dropped": 0}
     assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0}
     bench.chain.step()
     assert bench.report.data()["queue"] == {"depth": 0, "oldest": 0.0}, "measured before it had its row"
@@ -240,6 +243,24 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
     assert bench.degraded(GIVEN_UP_S - 120)
     assert bench.degraded(120) == {}
+
+
+def test_dropped_lines_of_the_log_are_reported_when_it_is_read_again(bench: Bench) -> None:
+    pipe = Pipe()
+    bench.report.log = pipe.log
+    count = pipe.fill()
+    data = bench.look()
+    assert (data["log"], data["degraded"], bench.lines("log_dropped")) == ({"dropped": 10}, {}, [])
+    pipe.read((count - 10) * len(LINE))
+    wait_until(lambda: not pipe.log.stuck, 10, "it is read again")
+    bench.look()
+    bench.look(DIGEST_S)
+    pipe.close()
+
+    ((level, text),) = bench.lines("log_dropped")
+    assert level == "warn"
+    assert text.startswith("dropped 10 lines of this log, 10 so far: ")
+    assert text.endswith(" | event=log_dropped lines=10")
 
 
 def test_an_idle_agent_says_nothing(bench: Bench) -> None:

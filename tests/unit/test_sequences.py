@@ -22,7 +22,7 @@ class Bench(Sequences):
 
     def __init__(self) -> None:
         self.clock = Clock()
-        super().__init__(self.clock)
+        super().__init__(self.clock, self.clock.monotonic)
 
     def arrive(
         self, numbers: Iterable[Any], begin: float | None = 1000.0, addr: tuple[str, int] = ADDR, **more: Any

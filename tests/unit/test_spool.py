@@ -83,7 +83,7 @@ def test_every_state_is_left_the_way_it_is_meant_to_be(spool: Spool) -> None:
     assert counts(spool) == {"settling": 3, "waiting": 1, "dead": 2, "received": 6}
     assert {registration.state for registration in settling} == {SETTLING}
 
-    assert spool.waiting_times() == [(50.0, 4)]
+    assert spool.waiting_times() == [(50.0, 4, 1)]
     (again,) = spool.waiting([1, 4, 5, 99])
     assert (again.id, again.attempts, again.state) == (4, 1, WAITING)
     spool.remove(settling[:1])
@@ -92,7 +92,7 @@ def test_every_state_is_left_the_way_it_is_meant_to_be(spool: Spool) -> None:
 
     spool.unsettle()
     assert names(all_pending(spool)) == [1, 2]
-    assert spool.waiting_times() == [(50.0, 4)]
+    assert spool.waiting_times() == [(50.0, 4, 1)]
     assert counts(spool) == {"pending": 2, "waiting": 1, "settled": 1, "dead": 2, "received": 6}
 
 
@@ -111,7 +111,7 @@ def test_dead_letters_can_be_read_tried_again_and_discarded(spool: Spool) -> Non
     }  # fmt: skip
 
     assert spool.retry([1, 3, 99]) == [1, 3]
-    assert spool.waiting_times() == [(0.0, 1), (0.0, 3)]
+    assert spool.waiting_times() == [(0.0, 1, 0), (0.0, 3, 0)]
     assert [registration.attempts for registration in spool.waiting([1, 3])] == [0, 0]
     assert spool.discard([2, 1]) == 1
     assert counts(spool) == {"waiting": 2, "dead": 1, "discarded": 1, "received": 4}
@@ -136,7 +136,7 @@ def test_a_closed_spool_is_found_as_it_was(open_spool: OpenSpool) -> None:
     spool = open_spool()
     assert counts(spool) == {"pending": 2, "waiting": 1, "dead": 1, "received": 4}
     assert names(all_pending(spool)) == [3, 4]
-    assert spool.waiting_times() == [(77.0, 2)]
+    assert spool.waiting_times() == [(77.0, 2, 3)]
     assert spool.waiting([2])[0].attempts == 3
     assert spool.dead() == letters
 

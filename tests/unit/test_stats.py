@@ -19,7 +19,7 @@ class Bench(Stats):
         self.said: list[tuple[str, str]] = []
         self.lines: list[str] = []
         self.clock = Clock()
-        super().__init__(self._hear, self.clock)
+        super().__init__(self._hear, self.clock, self.clock.monotonic)
 
     def _hear(self, level: str, line: str) -> None:
         self.said.append((level, line.partition(" | ")[0]))

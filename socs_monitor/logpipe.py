@@ -1,0 +1,84 @@
+"""A log on a descriptor whose reader may stop reading: lines wait in memory, or are dropped and counted.
+
+A write to a full pipe blocks. On the reactor's thread that would stop the whole agent, so a thread of its own does it.
+(O_NONBLOCK is no way out: it holds for all processes that share the pipe.)
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import deque
+
+# Bytes that may wait for the reader, and one line.
+MAX_BYTES = 1 << 20
+
+# Seconds that the end of the process waits for the reader.
+CLOSE_S = 1.0
+
+
+class LogPipe:
+    """A file object for lines of a log, written to `descriptor` by a daemon thread. Safe to use from any thread.
+
+    Args:
+        descriptor: File descriptor, e.g. that of the standard output.
+
+    Attributes:
+        mode (str): That of a text file, which txaio asks for.
+        dropped (int): Number of lines that were dropped.
+    """
+
+    mode = "w"
+
+    def __init__(self, descriptor: int) -> None:
+        self.dropped = 0
+        self._descriptor = descriptor
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0  # of the lines that wait or are being written
+        self._changed = threading.Condition()  # re-entrant, since a signal handler may log, too
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    def write(self, line: str) -> None:
+        """Write a line, or drop it if too many bytes wait. Never blocks."""
+        data = line.encode(errors="backslashreplace")
+        with self._changed:
+            if self._bytes >= MAX_BYTES:
+                self.dropped += 1
+            else:
+                self._bytes += len(data)
+                self._lines.append(data)
+                self._changed.notify_all()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether many bytes wait, so that the next lines may be dropped."""
+        return self._bytes > MAX_BYTES // 2
+
+    def close(self) -> None:
+        """Wait until all lines are written, at most `CLOSE_S` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes, CLOSE_S)
+
+    def _write_lines(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                data = self._lines.popleft()
+            written = self._write_all(data)
+            with self._changed:
+                self._bytes -= len(data)
+                self.dropped += not written
+                self._changed.notify_all()
+
+    def _write_all(self, data: bytes) -> bool:
+        """Write bytes, however long it takes; return whether the descriptor took them."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # another process made the pipe non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError:  # the reader is gone, or the disk is full
+                return False
+        return True
