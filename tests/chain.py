@@ -10,24 +10,26 @@ import dataclasses
 import hashlib
 import json
 import os
-import queue
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from socs_monitor import messages
 from socs_monitor.emulator import data_file
-from socs_monitor.finder import Policy
-from socs_monitor.intake import Intake
-from socs_monitor.registrar import Registrar
-from socs_monitor.spool import DEAD, PENDING, SETTLING, STATES, WAITING, Incoming, Spool
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.parking import Parking
+from socs_monitor.registration.registrar import Registrar, StoppedError
+from socs_monitor.registration.workers import SMALL
+from socs_monitor.spool.intake import FileQueue, Intake
+from socs_monitor.spool.states import STORED
+from socs_monitor.spool.store import RECEIVED, Incoming, Spool
 from socs_monitor.stats import Stats
 from socs_monitor.suprsync.database import Database
 from tests.harness import rows
+from tests.inline import InlineWorkers
 
 SETTLE_S = Policy().settle_after
 
@@ -103,8 +105,12 @@ class Chain:
         clock: Gives unix time.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         policy: How files are treated.
+        threads: Whether files are read by the real threads, and not in each step.
+        small: Size (bytes) up to which a file is hashed in a step.
 
     Attributes:
+        locked: Called while the registrar waits for the database or the spool in a step. If it returns False, `step`
+            raises `StoppedError`, as if the registrar had been stopped.
         said: All lines that belong in the log: level and text.
     """
 
@@ -114,7 +120,13 @@ class Chain:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         policy: Policy | None = None,
+        *,
+        threads: bool = False,
+        small: int = SMALL,
     ) -> None:
+        self._threads = threads
+        self._small = small
+        self.locked: Callable[[], bool] = lambda: False
         self.db_path = folder / "suprsync.db"
         self.spool_path = folder / "spool"
         self.files = folder / "files"
@@ -129,7 +141,7 @@ class Chain:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
         self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"))
-        self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.queue = FileQueue()
         self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic)
         self.database = Database(
             str(self.db_path),
@@ -139,8 +151,29 @@ class Chain:
             clock=self.clock,
         )
         self.registrar = Registrar(
-            self.intake, self.spool, self.database, self.stats, self._policy, lambda _: None, self.monotonic
+            self.intake,
+            self.queue,
+            self.spool,
+            self.database,
+            self.stats,
+            self._policy,
+            lambda _: None,
+            self.monotonic,
+            **({} if self._threads else {"make_workers": self._workers, "wait": self._wait}),
         )
+
+    def _workers(self, policy: Policy, parking: Parking, wake: Callable[[], None]) -> InlineWorkers:
+        return InlineWorkers(policy, parking, wake, self._small)
+
+    def _wait(self, seconds: float) -> None:
+        if not self.locked():
+            raise StoppedError
+
+    def hash_large(self) -> None:
+        """Let the large files be hashed that were found."""
+        workers = self.registrar.workers
+        assert isinstance(workers, InlineWorkers)
+        workers.hash_large()
 
     def crash(self) -> None:
         """End as a killed process does: what is in memory is gone, locks are free, nothing is written any more."""
@@ -185,19 +218,18 @@ class Chain:
     def step(self) -> bool:
         """Do all that can be done now. What the spool says of itself is true before and after."""
         self.check()
-        worked = self.registrar.step(0.0)
+        worked = False
+        while self.registrar.step(0.0):
+            worked = True
         self.check()
         return worked
 
     def check(self) -> None:
-        """The counts add up, and are what is in the spool's file, which does not tell what settles."""
+        """The counts add up, and are what is in the spool's file."""
         counts = self.spool.counts
-        assert counts["received"] == sum(counts[state] for state in (*STATES, "settled", "discarded")), counts
-        stored = Counter(dict(execute(self.spool_path, "SELECT state, count(*) FROM registrations GROUP BY state")))
-        settling = {state: stored[state] - counts[state] for state in (PENDING, WAITING)}
-        assert min(settling.values()) >= 0, (counts, stored)
-        assert sum(settling.values()) == counts[SETTLING], (counts, stored)
-        assert (counts[DEAD], stored[SETTLING]) == (stored[DEAD], 0)
+        assert counts[RECEIVED] == sum(counts[state] for state in counts if state != RECEIVED), counts
+        stored = dict(execute(self.spool_path, "SELECT state, count(*) FROM registrations GROUP BY state"))
+        assert {state: counts[state] for state in STORED} == {state: stored.get(state, 0) for state in STORED}
         files = self.stats.data(counts)["files"]
         assert files["received"] == sum(files[key] for key in ("registered", "pending", "waiting", "dead", "discarded"))
 
@@ -222,9 +254,8 @@ class Chain:
         return [(os.path.basename(letter["path"]), letter["reason"], letter["refused"]) for letter in letters]
 
     def next_due(self) -> float:
-        """When the only registration that waits is tried again (CLOCK_MONOTONIC)."""
-        ((due, _, _),) = self.spool.waiting_times()
-        return due
+        """Return when the next registration is due, seconds of CLOCK_MONOTONIC."""
+        return self.spool.next_due
 
     def archive(self, name: str, *, remove: bool) -> None:
         """Do what SupRsync does: copy and verify a file, and remove it where told to."""

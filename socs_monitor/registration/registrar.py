@@ -33,7 +33,6 @@ from socs_monitor.registration.workers import (
     Recheck,
     Rechecked,
     Result,
-    Spawn,
     Task,
     Verify,
     Workers,
@@ -87,7 +86,8 @@ class Registrar:
         policy: How files are treated.
         debug: Called with a line for each file; None where nobody reads that.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
-        spawn: Starts the workers' threads.
+        make_workers: Makes the workers of a run.
+        wait: Waits so many seconds, but not beyond `stop`.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Registrar:
         policy: Policy,
         debug: Callable[[str], None] | None,
         monotonic: Callable[[], float] = time.monotonic,
-        spawn: Spawn = start_thread,
+        make_workers: Callable[[Policy, Parking, Callable[[], None]], Workers] = Workers,
+        wait: Callable[[float], object] | None = None,
     ) -> None:
         self._intake = intake
         self._queue = file_queue
@@ -110,9 +111,10 @@ class Registrar:
         self._policy = policy
         self._debug = debug
         self._monotonic = monotonic
-        self._spawn = spawn
-        self._parking = Parking(policy.data_roots, spawn)
+        self._make_workers = make_workers
+        self._parking = Parking(policy.data_roots, start_thread)
         self._stopping = threading.Event()
+        self._wait = wait or self._stopping.wait
 
     def run(self, once: bool = False) -> None:
         """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands."""
@@ -150,9 +152,7 @@ class Registrar:
         Raises:
             StoppedError: If `stop` was called while the spool could not be used.
         """
-        self.workers = Workers(
-            self._policy, self._parking, self._queue.wake, spawn=self._spawn, monotonic=self._monotonic
-        )
+        self.workers = self._make_workers(self._policy, self._parking, self._queue.wake)
         self._registered: dict[int, _Registered] = {}
         self._latest: dict[str, int] = {}  # by path, the last registered of `_registered`
         self._backoff_s = _BACKOFF_FIRST_S
@@ -606,7 +606,7 @@ class Registrar:
         self._stats.cured(condition, text)
 
     def _back_off(self) -> None:
-        self._stopping.wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+        self._wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
         self._check_stopping()
 

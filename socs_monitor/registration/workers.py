@@ -11,7 +11,6 @@ files there fail at once, until the worker or a probe comes back.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import heapq
 import itertools
@@ -181,7 +180,7 @@ class Workers:
         policy: How files are treated.
         parking: The folders whose disk hangs.
         wake: Called, by a thread, when there are results.
-        spawn: Starts a daemon thread; a test may run the work itself (`work`).
+        spawn: Starts a daemon thread.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         small: Bytes up to which the quick worker hashes files.
     """
@@ -434,15 +433,6 @@ class Workers:
             deliver(result)
         if shared.ids:
             self._deliver([result])
-
-    def work(self) -> None:
-        """Do all that was submitted, in the calling thread: for tests whose `spawn` starts none."""
-        for worker in list(self._workers):
-            with contextlib.suppress(queue.Empty):
-                while (batch := self._batches.get_nowait()) is not None:
-                    self._do(worker, batch)
-        while self._heap:
-            self._next_slice(self._workers[-1])
 
 
 def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:

@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from socs_monitor.finder import SMALL, Policy
+from socs_monitor.registration.lookup import SMALL, Policy
 from tests.chain import Chain
 from tests.harness import wait_until
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import cli, client, spoolfile
+from socs_monitor import cli, client
 from socs_monitor.commands import status
 from socs_monitor.commands.status import Report, State
 from socs_monitor.emulator import Publisher
+from socs_monitor.spool import file as spoolfile
 from tests.harness import OWN_BIN, PEER_BIN, Agent, Router, wait_until
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, data, files, wait_registered

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.spool import Spool
+from socs_monitor.spool.store import Spool
 from tests.chain import Chain, Clock
 
 

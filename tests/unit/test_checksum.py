@@ -9,8 +9,8 @@ import socket
 from pathlib import Path
 
 import pytest
-
 from socs_monitor.checksum import Checksum, FileRefusedError, StoppedError, checksum, fingerprint, present_fingerprint
+
 from tests.chain import md5, write_file
 
 MEGABYTE = 1 << 20

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from socs_monitor.intake import Intake
 
 from socs_monitor import intake as intake_module
 from socs_monitor import messages, spoolfile
 from socs_monitor.emulator import data_file, g3_file
-from socs_monitor.intake import Intake
-from socs_monitor.spool import Incoming, Registration, Spool
+from socs_monitor.spool.store import Incoming, Registration, Spool
 from socs_monitor.stats import Stats
 from tests.chain import write_lock
 from tests.harness import wait_until

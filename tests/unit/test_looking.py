@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import spoolfile
-from socs_monitor.spoolfile import SpoolBusyError
+from socs_monitor.spool import file as spoolfile
+from socs_monitor.spool.file import SpoolBusyError
 
 
 def test_whoever_has_the_spool_is_seen(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from socs_monitor import options
-from socs_monitor.finder import Policy
+from socs_monitor.registration.lookup import Policy
 from socs_monitor.siteconfig import parse_args
 from tests.harness import SITE_CONFIG
 

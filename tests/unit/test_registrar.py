@@ -12,7 +12,7 @@ import pytest
 
 from socs_monitor import archive, crashpoint, intake
 from socs_monitor.emulator import data_file
-from socs_monitor.finder import SMALL, retry_delay
+from socs_monitor.registration.lookup import SMALL, retry_delay
 from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socs_monitor.checksum import checksum
 
 from socs_monitor import finder, intake
-from socs_monitor.checksum import checksum
 from tests.chain import SETTLE_S, Chain, Clock, md5, write_lock
 from tests.harness import wait_until
 

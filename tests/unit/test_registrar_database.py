@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import spoolfile
 from socs_monitor.emulator import data_file
+from socs_monitor.spool import file as spoolfile
 from socs_monitor.suprsync import database as suprsync
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from socs_monitor import crashpoint, hashers, intake, registrar, spoolfile
-from socs_monitor.finder import Policy
+from socs_monitor.registration.lookup import Policy
 from socs_monitor.suprsync import database as suprsync
 from tests.chain import Chain, Clock, execute, md5, write_lock
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socs_monitor import spool as spool_module
-from socs_monitor import spoolfile
 from socs_monitor.emulator import g3_file
 from socs_monitor.spool import (
     PENDING,
@@ -29,7 +28,8 @@ from socs_monitor.spool import (
     Spool,
     SpoolFullError,
 )
-from socs_monitor.spoolfile import SpoolError
+from socs_monitor.spool import file as spoolfile
+from socs_monitor.spool.file import SpoolError
 from tests.chain import execute, write_lock
 
 OpenSpool = Callable[..., Spool]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.spool import Spool
-from socs_monitor.spoolfile import SpoolBusyError, SpoolError
+from socs_monitor.spool.file import SpoolBusyError, SpoolError
+from socs_monitor.spool.store import Spool
 from tests.chain import execute
 from tests.unit.test_spool import OpenSpool, counts, incoming
 

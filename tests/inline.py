@@ -1,0 +1,32 @@
+"""Workers without threads: small tasks are done when they are submitted, large files when a test says so."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.parking import Parking
+from socs_monitor.registration.workers import Result, Task, Workers
+
+
+class InlineWorkers(Workers):
+    """The real workers, their work done by the thread that calls."""
+
+    def __init__(self, policy: Policy, parking: Parking, wake: Callable[[], None], small: int) -> None:
+        super().__init__(policy, parking, wake, spawn=lambda work, name: None, small=small)
+
+    def submit(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None] | None = None) -> None:
+        super().submit(tasks, deliver)
+        while True:
+            try:
+                batch = self._batches.get_nowait()
+            except queue.Empty:
+                return
+            if batch is not None:
+                self._do(self._workers[0], batch)
+
+    def hash_large(self) -> None:
+        """Hash all large files that were found."""
+        while self._heap:
+            self._next_slice(self._workers[1])
