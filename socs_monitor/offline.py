@@ -94,7 +94,7 @@ def _oldest_without_row(spool: sqlite3.Connection, database: sqlite3.Connection 
 def _has_row(database: sqlite3.Connection, message: str, received: float) -> bool:
     try:
         paths = [entry.local_path for entry in archive.candidates(messages.parse_file(message).meta)]
-    except archive.ArchiveError:
+    except (archive.ArchiveError, messages.MessageError):
         return False
     query = "SELECT 1 FROM supersync_v0 WHERE local_path = ? AND timestamp >= ?"
     return any(database.execute(query, (path, received)).fetchone() for path in paths)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages, spoolfile
 from socs_monitor.archive import Entry
+from socs_monitor.messages import MessageError
 from socs_monitor.spoolfile import DEAD, PENDING, SpoolError
 
 WAITING = "waiting"
@@ -114,7 +115,7 @@ class DeadLetter(NamedTuple):
             "id": self.id,
             "received": self.received,
             "sender": self.sender,
-            "path": messages.brief(messages.parse_file(self.message).meta["path"]),
+            "path": messages.brief(_meta(self.message)["path"]),
             "reason": self.reason,
             "refused": self.refused,
             "attempts": self.attempts,
@@ -328,7 +329,7 @@ class Spool:
             rows = db.execute(
                 f"SELECT message, id, received, attempts, state FROM registrations WHERE {where}", parameters
             ).fetchall()
-        return [Registration(messages.parse_file(row[0]).meta, *row[1:]) for row in rows]
+        return [Registration(_meta(row[0]), *row[1:]) for row in rows]
 
     @contextlib.contextmanager
     def _moving(self, registrations: Sequence[Registration], state: str) -> Iterator[sqlite3.Connection]:
@@ -363,6 +364,14 @@ class Spool:
                 yield self._db
             except sqlite3.Error as error:
                 raise SpoolError(f"cannot use the spool {self.path}: {error}") from error
+
+
+def _meta(message: str) -> dict[str, Any]:
+    """Parse a stored message; one that only another version can read gets a path that is refused, with the reason."""
+    try:
+        return messages.parse_file(message).meta
+    except MessageError as error:
+        return {"path": f"(unreadable message: {error})", "pub_id": ""}
 
 
 def _moved(registrations: Sequence[Registration], state: str) -> dict[str, int]:
