@@ -32,7 +32,14 @@ def spooled(spool_path: Path) -> dict[str, str]:
     """Path and state of the registrations in a spool, in order; of one that is there twice, the latest state."""
     with contextlib.closing(sqlite3.connect(f"file:{spool_path}?mode=ro", uri=True, timeout=10)) as connection:
         found = connection.execute("SELECT message, state FROM registrations ORDER BY id").fetchall()
-    return {json.loads(message)["payload"]["path"]: state for message, state in found}
+    return {path_of(message): state for message, state in found}
+
+
+def path_of(message: str) -> str:
+    """The path that a registration in the spool names: it is kept as its datagram, or as its payload alone."""
+    kept = json.loads(message)
+    path: str = kept.get("payload", kept)["path"]
+    return path
 
 
 def entries(agent: Agent) -> list[dict[str, Any]]:

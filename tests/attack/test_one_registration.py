@@ -15,7 +15,7 @@ import pytest
 
 from socs_monitor.emulator import Publisher, SmurfServer, data_file
 from tests.attack import spoolfile
-from tests.evidence import entries, send_files, spool_of, wait_rows
+from tests.evidence import entries, path_of, send_files, spool_of, wait_rows
 from tests.harness import Agent, Router
 from tests.hung import hung_folder
 from tests.integration.test_cli import command, site
@@ -224,7 +224,7 @@ def test_files_that_were_missed_for_seventeen_hours(no_router: Router, tmp_path:
         wait_rows(agent, send_files(server, 12), 10)
 
         def looked_again() -> bool:
-            found = {json.loads(entry["message"])["payload"]["path"]: entry for entry in entries(agent)}
+            found = {path_of(entry["message"]): entry for entry in entries(agent)}
             return all(
                 found[path]["attempts"] > attempts or found[path]["state"] == "dead"
                 for attempts, path in missing.items()
