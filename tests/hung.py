@@ -48,7 +48,8 @@ _UNANSWERED = {_Operation.FORGET, _Operation.INTERRUPT, _Operation.BATCH_FORGET}
 _HEADER = struct.Struct("=IIQQIIIHH")
 _REPLY = struct.Struct("=IiQ")
 _MAX_WRITE = 1 << 17
-# without it the kernel makes lookups in a folder wait for each other, where not even SIGKILL ends a process
+# without these lookups in a folder wait for each other, and a close waits for an answer: not even SIGKILL ends that
+_FOPEN_NOFLUSH = 1 << 5
 _PARALLEL_DIROPS = 1 << 18
 _INIT_REPLY = struct.pack("=IIIIHHIIHHI28x", 7, 31, _MAX_WRITE, _PARALLEL_DIROPS, 16, 12, _MAX_WRITE, 1, 32, 0, 0)
 
@@ -73,15 +74,30 @@ class HungFolder:
         self._device = device
         self._answering: threading.Thread | None = None
         self._ended, self._end = os.pipe()
-        self._contents: list[Mapping[str, bytes]] = []
+        self._contents: Mapping[str, bytes] = {}
         self._error = 0
+        self._hang_at: float = float("inf")
+        self._read_to = 0
         self._nodes = {_ROOT: ""}  # node id to path below the root
         self._answer(os.read(device, _MAX_WRITE + 4096))  # INIT: the kernel holds all others back until then
 
-    def recover(self, contents: Mapping[str, bytes]) -> None:
-        """Answer from now on, also what is blocked: there are these files (path below the mount to content)."""
-        self._contents = [contents]
+    def recover(self, contents: Mapping[str, bytes], hang_at: float = float("inf")) -> None:
+        """Answer from now on, also what is blocked.
+
+        Args:
+            contents: Files that are there now: path below the mount to content.
+            hang_at: Hang again when a file has been read up to this offset, bytes.
+        """
+        if self._answering is not None:
+            self._answering.join()
+        self._contents, self._hang_at, self._read_to = contents, hang_at, 0
         self._start()
+
+    def wait_hung(self) -> None:
+        """Wait until `hang_at` has been reached."""
+        assert self._answering is not None
+        self._answering.join(20)
+        assert not self._answering.is_alive()
 
     def fail(self, number: int) -> None:
         """Answer from now on, also what is blocked: every access fails with this errno."""
@@ -113,6 +129,8 @@ class HungFolder:
                     raise
             else:
                 self._answer(request)
+                if self._read_to >= self._hang_at:
+                    return
 
     def _answer(self, request: bytes) -> None:
         _, operation, unique, node, *_ = _HEADER.unpack_from(request)
@@ -143,22 +161,20 @@ class HungFolder:
                 self._nodes[number] = child
                 return struct.pack("=QQQQII", number, 0, _VALID_S, _VALID_S, 0, 0) + attributes
             case _Operation.OPEN | _Operation.OPENDIR:
-                return struct.pack("=QII", 0, 0, 0)
+                return struct.pack("=QII", 0, _FOPEN_NOFLUSH, 0)
             case _Operation.READ:
                 _, offset, size = struct.unpack_from("=QQI", body)
-                return self._contents[0][path][offset : offset + size]
-            case (
-                _Operation.RELEASE | _Operation.FLUSH | _Operation.READDIR | _Operation.RELEASEDIR
-            ):  # nothing is listed
-                return b""
+                self._read_to = offset + size
+                return self._contents[path][offset : offset + size]
+            case _Operation.RELEASE | _Operation.FLUSH | _Operation.READDIR | _Operation.RELEASEDIR:
+                return b""  # no folder lists anything
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _attributes(self, path: str, node: int) -> bytes:
         size, mode, links = 0, stat.S_IFDIR | 0o755, 2
-        files = self._contents[0] if self._contents else {}
-        if path in files:
-            size, mode, links = len(files[path]), stat.S_IFREG | 0o644, 1
-        elif path and not any(name.startswith(f"{path}/") for name in files):
+        if path in self._contents:
+            size, mode, links = len(self._contents[path]), stat.S_IFREG | 0o644, 1
+        elif path and not any(name.startswith(f"{path}/") for name in self._contents):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         times = (1_700_000_000,) * 3
         return struct.pack(

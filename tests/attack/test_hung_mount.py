@@ -61,7 +61,7 @@ def fates(agent: Agent) -> dict[str, tuple[str, str]]:
 def hanging(agent: Agent, paths: list[str]) -> bool:
     """Whether each of the registrations waits, for the reason that its file hangs."""
     found = fates(agent)
-    return all(found[path][0] == "waiting" and HANGS in found[path][1] for path in paths)
+    return all(path in found and found[path][0] == "waiting" and HANGS in found[path][1] for path in paths)
 
 
 def wait_hanging(agent: Agent, paths: list[str]) -> None:
@@ -114,6 +114,21 @@ def test_one_file_on_a_hung_mount_holds_up_no_other(mount: HungFolder, no_router
         stop(agent)
 
 
+def test_a_mount_that_hangs_while_a_large_file_is_read(mount: HungFolder, no_router: Router, tmp_path: Path) -> None:
+    name = "17000/crate1slot2/1700000000_000.g3"
+    contents = {name: bytes(32 << 20)}
+    mount.recover(contents, hang_at=8 << 20)
+    with started(tmp_path, no_router, tmp_path / "data") as (agent, server):
+        (hung,) = announce(agent, mount.path / name)
+        mount.wait_hung()
+        wait_rows(agent, send_files(server, 20), 5)
+        large = tmp_path / "data" / "large.g3"
+        large.write_bytes(bytes(20 << 20))
+        wait_rows(agent, announce(agent, large), 10)
+        check_quick(latencies_until(agent, server, lambda: hanging(agent, [hung]), NOTICE_S), "until it is given up")
+        stop(agent)
+
+
 def test_sigterm_while_the_first_access_hangs(mount: HungFolder, no_router: Router, tmp_path: Path) -> None:
     with started(tmp_path, no_router, tmp_path / "data") as (agent, _):
         (hung,) = announce(agent, mount.path / "17000" / "crate1slot2" / "1700000000_000.g3")
@@ -136,7 +151,7 @@ def test_a_hung_mount_outside_of_the_data_roots_is_refused_unseen(
 
         def refused() -> bool:
             found = fates(agent)
-            return all(found[path][0] == "dead" for path in outside)
+            return all(path in found and found[path][0] == "dead" for path in outside)
 
         agent.wait_for(refused, 5, "refused them all")
         assert {"outside of the data roots" in reason for _, reason in fates(agent).values()} == {True}

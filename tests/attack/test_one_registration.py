@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,16 @@ def write_real(folder: Path, count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-@contextlib.contextmanager
-def dead_letters(agent: Agent, count: int) -> Iterator[list[dict[str, Any]]]:
-    """The running agent's dead letters, as its task lists them."""
+def wait_dead(agent: Agent, count: int) -> list[dict[str, Any]]:
+    """Wait until the running agent has so many dead letters, and return them as its task lists them."""
     client = agent.client()
     agent.wait_for(lambda: client.list_failed().session["data"].get("total") == count, 15, f"has {count} dead letters")
     reply = client.list_failed()
     assert reply.status == ocs.OK
-    yield reply.session["data"]["failed"]
+    letters: list[dict[str, Any]] = reply.session["data"]["failed"]
+    assert len(letters) == count
+    assert all(letter["reason"] and isinstance(letter["path"], str) for letter in letters), letters
+    return letters
 
 
 @pytest.mark.parametrize("begin", [of_this_version, of_version_1])
@@ -149,9 +151,7 @@ def test_a_spool_with_garbage(router: Router, tmp_path: Path, begin: Callable[[A
     with agent, SmurfServer(tmp_path / "server", agent.address) as server:
         agent.wait_listening()
         wait_rows(agent, [*real, *send_files(server, 12)], 15)
-        with dead_letters(agent, len(GARBAGE)) as letters:
-            assert len(letters) == len(GARBAGE)
-            assert all(letter["reason"] and isinstance(letter["path"], str) for letter in letters), letters
+        wait_dead(agent, len(GARBAGE))
         shown = command("failed", "list", *site(agent))
         assert f"{len(GARBAGE)} of {len(GARBAGE)} dead letters" in shown
         assert "Traceback" not in agent.log, agent.log[-3000:]
@@ -161,11 +161,11 @@ def test_a_spool_with_garbage(router: Router, tmp_path: Path, begin: Callable[[A
         agent.start()
         agent.wait_listening()
         wait_rows(agent, send_files(server, 12), 10)
-        with dead_letters(agent, len(GARBAGE)):
-            assert command("failed", "retry", *site(agent))
+        wait_dead(agent, len(GARBAGE))
+        assert command("failed", "retry", *site(agent))
         wait_rows(agent, send_files(server, 12), 10)
-        with dead_letters(agent, len(GARBAGE)):
-            assert agent.stop() == 0
+        wait_dead(agent, len(GARBAGE))
+        assert agent.stop() == 0
 
 
 def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> None:
@@ -176,12 +176,11 @@ def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> N
     assert f"{len(GARBAGE)} of {len(GARBAGE)} dead letters" in command("failed", "list", *site(agent))
     with agent, SmurfServer(tmp_path / "server", agent.address) as server:
         agent.wait_listening()
-        with dead_letters(agent, len(GARBAGE)) as letters:
-            assert all(letter["reason"] and isinstance(letter["path"], str) for letter in letters), letters
+        wait_dead(agent, len(GARBAGE))
         wait_rows(agent, send_files(server, 12), 10)
         assert command("failed", "discard", *site(agent))
-        with dead_letters(agent, 0):
-            assert agent.stop() == 0
+        wait_dead(agent, 0)
+        assert agent.stop() == 0
 
 
 # Columns beside a good message, of which none is a reason not to register the file.
