@@ -114,6 +114,16 @@ def test_one_file_on_a_hung_mount_holds_up_no_other(mount: HungFolder, no_router
         stop(agent)
 
 
+def test_a_data_root_that_is_a_hung_mount(mount: HungFolder, no_router: Router, tmp_path: Path) -> None:
+    """It hangs before the agent starts."""
+    with started(tmp_path, no_router, mount.path, tmp_path / "other") as (agent, server):
+        name = "17000/crate1slot2/1700000000_000.g3"
+        (hung,) = announce(agent, mount.path / name)
+        wait_rows(agent, send_files(server, 20), 5)
+        check_quick(latencies_until(agent, server, lambda: hanging(agent, [hung]), NOTICE_S), "until it is given up")
+        stop(agent)
+
+
 def test_a_mount_that_hangs_while_a_large_file_is_read(mount: HungFolder, no_router: Router, tmp_path: Path) -> None:
     name = "17000/crate1slot2/1700000000_000.g3"
     contents = {name: bytes(32 << 20)}
