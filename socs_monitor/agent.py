@@ -36,6 +36,7 @@ from socs_monitor.logpipe import LogPipe
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
 from socs_monitor.options import make_parser
 from socs_monitor.registration.registrar import Registrar
+from socs_monitor.registration.workers import start_thread
 from socs_monitor.report import Report
 from socs_monitor.sequences import Sequences
 from socs_monitor.siteconfig import parse_args
@@ -61,6 +62,9 @@ _RESTART_S = 5.0
 
 # Seconds that operations may take to stop at the end of the process.
 _END_S = 3.0
+
+# Seconds after which the process ends itself if something hangs in a system call; Docker kills it after 10 s.
+_WATCHDOG_S = 5.0
 
 
 class PysmurfMonitor(DatagramProtocol):
@@ -148,7 +152,8 @@ class PysmurfMonitor(DatagramProtocol):
         stats_feed = StatsFeed(self.agent, self._report.data, self._stats.streams.files)
         self._each(_SHOW_INTERVAL_S, self._look)
         self._each(statsfeed.INTERVAL_S, stats_feed.publish)
-        # OCS takes leave of the router in another trigger, so what is published here is on the wire before
+        reactor.addSystemEventTrigger("before", "shutdown", lambda: start_thread(self._watch_shutdown, "watchdog"))
+        # OCS leaves the router in another trigger, so what is published here is on the wire before
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
         reactor.addSystemEventTrigger("before", "shutdown", stats_feed.publish)
         # without a router OCS stops no session, and the reactor would wait for the thread of `run`, for ever where
@@ -321,6 +326,22 @@ class PysmurfMonitor(DatagramProtocol):
         if session.status != "starting":  # OCS is yet to say that it is running, and allows no way back
             session.set_status("stopping")
         return True, "Done monitoring."
+
+    def _watch_shutdown(self) -> None:
+        """End the process if a hung disk keeps it from ending, but not while registrations are still being written."""
+        seconds = _WATCHDOG_S
+        while True:
+            written = self._intake.written
+            time.sleep(seconds)
+            if self._intake.written == written:
+                break
+            seconds = 1.0
+        self._intake.log_unwritten()
+        text = "The agent did not stop in time, because a disk hangs. It was ended. Registrations in the spool are safe"
+        self._stats.log("error", "unforeseen", text)
+        if self._report.log is not None:
+            self._report.log.close()
+        os._exit(1)
 
     def _each(self, seconds: float, work: Callable[[], None]) -> None:
         """Do something now and again, also when it failed once."""

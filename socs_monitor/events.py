@@ -30,6 +30,7 @@ EVENTS: Mapping[str, str] = {
     "database": "Something unusual was done to the database: an index made, a replaced file opened anew.",
     "spool": "The spool could not be read and was set aside.",
     "log_dropped": "Lines of the log were dropped, because the program that reads it had stopped reading.",
+    "registrations_lost": "The agent stopped while the spool could not be written: the paths it names are lost.",
     "configuration": "An option is missing that a site should set.",
     "unforeseen": "An error that nobody thought of; to be reported, with its traceback.",
 }

@@ -177,17 +177,30 @@ class Intake:
         for thread in self._threads:
             thread.join()
         if not self.flush():
-            paths = [meta["path"] for meta, _ in self._unwritten]
-            for start in range(0, len(paths), _PATHS_A_LINE):
-                some = ", ".join(messages.brief(path) for path in paths[start : start + _PATHS_A_LINE])
-                self._stats.log(
-                    "error",
-                    "registrations_lost",
-                    f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy"
-                    f" these files until they are announced again: {some}. Run: socs-monitor send FILE...",
-                    count=len(paths),
-                )
+            self.log_unwritten()
         self._spool.close()
+
+    @property
+    def written(self) -> int:
+        """A number that grows while registrations are written."""
+        return self._memory_freed
+
+    def log_unwritten(self) -> None:
+        """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
+        left = [*self._unwritten]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left += self._batches.get_nowait() or ()
+        paths = [messages.brief(meta["path"]) for meta, _ in (*left, *self._put)]
+        for start in range(0, len(paths), _PATHS_A_LINE):
+            self._stats.log(
+                "error",
+                "registrations_lost",
+                f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy these"
+                f" files until they are announced again: {', '.join(paths[start : start + _PATHS_A_LINE])}."
+                " Run: socs-monitor send FILE...",
+                count=len(paths),
+            )
 
     @property
     def overloaded(self) -> bool:
