@@ -106,10 +106,12 @@ class StubAgent:
     def __init__(self) -> None:
         self.log = MagicMock()
         self.realm_joined = True
+        self.feeds: dict[str, SimpleNamespace] = {}
 
     def register_feed(self, name: str, **_: Any) -> SimpleNamespace:
         assert name.replace("-", "").replace("_", "").isalnum(), name
-        return SimpleNamespace(buffer_start_time=None)
+        self.feeds[name] = SimpleNamespace(feed_name=name, buffer_start_time=None)
+        return self.feeds[name]
 
     def publish_to_feed(self, name: str, message: Any, **_: Any) -> None:
         cbor2.dumps(message)
