@@ -197,8 +197,7 @@ class PysmurfMonitor(DatagramProtocol):
         kind = message.envelope["type"]
         stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
-            text = _data if isinstance(_data, str) else _data.decode()
-            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", text))
+            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", message.text))
         elif self._intake.overloaded:
             stats.unpublished["overload"] += 1
         elif isinstance(message, SessionMessage):
