@@ -111,7 +111,12 @@ class Intake:
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that what is no registration should give way."""
-        return self._bytes_put - self._bytes_written > INBOX_MAX // 2
+        return self.unwritten > INBOX_MAX // 2
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes of registrations that are in memory only."""
+        return self._bytes_put - self._bytes_written
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
@@ -119,7 +124,7 @@ class Intake:
         With a thread of the intake's own it is written after the next `commit`.
         """
         with self._putting:
-            if self._bytes_put - self._bytes_written > INBOX_MAX:
+            if self.unwritten > INBOX_MAX:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
                     "intake",
