@@ -200,10 +200,13 @@ class PysmurfMonitor(DatagramProtocol):
             self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", message.text))
         elif self._intake.overloaded:
             stats.unpublished["overload"] += 1
-        elif isinstance(message, SessionMessage):
-            self._feeds.session(message)
-        elif isinstance(message, Metadata):
-            self._feeds.metadata(message)
+        elif isinstance(message, (SessionMessage, Metadata)):
+            if not self._feeds.has_room(len(_data)):
+                stats.unpublished["overload"] += 1
+            elif isinstance(message, SessionMessage):
+                self._feeds.session(message)
+            else:
+                self._feeds.metadata(message)
 
     @ocs_agent.param("test_mode", default=False, type=bool)  # type: ignore[untyped-decorator]
     def run(self, session: Any, params: dict[str, Any] | None = None) -> tuple[bool, str]:

@@ -33,6 +33,12 @@ BUFFER_BYTES = 256_000
 # Bytes of a sample beside its field's name, which it may bring twice, and its text: a block's keys, time and number.
 _SAMPLE_BYTES = 100
 
+# Bytes of datagrams that are published in a second: what the router does not take at once stays in memory. Real streams
+# send less than 100 kB a second, in messages of a few hundred bytes. Larger ones are dropped first.
+RATE_LARGE = 4 << 20
+RATE_SMALL = 16 << 20
+_LARGE = 1000
+
 # Session messages kept while the router is away: a controller has no use for old ones.
 BACKLOG_MAX = 1000
 BACKLOG_AGE_S = 300.0
@@ -56,6 +62,8 @@ class Feeds:
             Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "field", text), self._forget
         )
         self._recorded: dict[str, _Recorded] = {}  # by stream
+        self._second = 0  # of CLOCK_MONOTONIC
+        self._bytes = 0  # of the datagrams in this second
         agent.register_feed(SESSION_FEED)
 
     def start(self, reactor: IReactorTime) -> None:
@@ -64,6 +72,16 @@ class Feeds:
         timer.clock = reactor
         timer.start(BUFFER_S)
         self._agent.on("ready", lambda *_: self._publish_backlog())
+
+    def has_room(self, size: int) -> bool:
+        """Whether a datagram of so many bytes may still be published in this second."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._bytes = second, 0
+        if self._bytes + size > (RATE_LARGE if size > _LARGE else RATE_SMALL):
+            return False
+        self._bytes += size
+        return True
 
     def session(self, message: SessionMessage) -> None:
         """Publish a session message, at once or as soon as the router is there."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ocs.ocs_client import OCSClient
 
 from socs_monitor.emulator import Publisher, metadata
 from tests import hostile
 from tests.harness import Agent, Router
 from tests.integration.test_end_to_end import data
+from tests.integration.test_hostile import resident_mib
 from tests.subscriber import Subscriber
 
 StartAgent = Callable[..., Agent]
@@ -134,3 +137,23 @@ def test_one_integer_on_an_invented_stream_pins_no_register(agent: StartAgent, r
         later = [value for field, _, value in subscriber.metadata("invented") if field == "AMCcTemperature"][-1]
         assert (type(later), later) == (float, 8.0)
     assert data(client)["unpublished"] == {}
+
+
+@pytest.mark.parametrize("kind", ["metadata", "session_log"])
+def test_a_flood_of_large_messages_fills_no_memory_and_starves_no_register(
+    agent: StartAgent, router: Router, tmp_path: Path, kind: str
+) -> None:
+    monitor = agent()
+    client = monitor.client()
+    hostile.send(monitor.udp_port, [sample("ufm_mv1", 0)])
+    before = resident_mib(monitor)
+    flood = [sample(f"flooded{number}", "x" * 60_000, "AMCc.Tag") for number in range(10)]
+    if kind == "session_log":
+        flood = [json.dumps({"id": "a", "type": kind, "payload": "x" * 60_000}).encode()]
+    with Subscriber(tmp_path, router, ["observatory.pysmurf-monitor.feeds.ufm_mv1_meta"]) as subscriber:
+        for number in range(100):
+            hostile.send(monitor.udp_port, [*itertools.islice(itertools.cycle(flood), 50), sample("ufm_mv1", number)])
+        after = resident_mib(monitor)
+        monitor.wait_for(lambda: values(subscriber, "ufm_mv1")[-100:] == [*range(100)], 30, "published the register")
+    assert data(client)["unpublished"].keys() == {"overload"}
+    assert after - before < 100, "megabytes of 300 that were sent"
