@@ -17,7 +17,7 @@ from ocs.ocs_feed import Feed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
-from socs_monitor.fields import FieldError, Streams
+from socs_monitor.fields import FieldError, Streams, Value
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
 
@@ -59,7 +59,10 @@ class Feeds:
         self._clock = clock
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
         self._streams = Streams(
-            Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "field", text), self._forget
+            Feed.enforce_field_name_rules,
+            lambda text: stats.repeated("warn", "field", text),
+            self._forget,
+            self._widen,
         )
         self._recorded: dict[str, _Recorded] = {}  # by stream
         self._second = 0  # of CLOCK_MONOTONIC
@@ -171,6 +174,13 @@ class Feeds:
         if recorded is not None:
             self._flush(recorded)
             self._agent.feeds.pop(recorded.feed.feed_name, None)
+
+    def _widen(self, field: str, kind: type[Value]) -> None:
+        """Convert what lies in the buffers: InfluxDB refuses a whole batch that has a new field in two types."""
+        for recorded in self._recorded.values():
+            block = recorded.feed.blocks.get(field)
+            if block is not None:
+                block.data[field] = [kind(value) for value in block.data[field]]
 
     def _router_joined(self) -> bool:
         return bool(self._agent.realm_joined)

@@ -78,6 +78,7 @@ class Streams:
         name_rule: OCS's rule for field names: makes a valid one of any path, if it can.
         report: Called with a line for a person, a few times a field at most.
         forget: Called with the id of a stream that is replaced, before its successor has any field.
+        widened: Called with a field and its new type, before the first value of that type is returned.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
@@ -86,11 +87,13 @@ class Streams:
         name_rule: Callable[[str], str],
         report: Callable[[str], None],
         forget: Callable[[str], None],
+        widened: Callable[[str, type[Value]], None],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name_rule = name_rule
         self._report = report
         self._forget = forget
+        self._widened = widened
         self._monotonic = monotonic
         self._streams: dict[str, _Stream] = {}  # the one that sent last is last
         # by field, whatever the stream: in InfluxDB an agent's streams share a measurement, and so the types of fields
@@ -122,6 +125,7 @@ class Streams:
                 " published as that from now on, for all streams"
             )
             kind.type = type(safe)
+            self._widened(field.name, kind.type)
         try:
             return field.name, convert(safe, kind.type)
         except FieldError:

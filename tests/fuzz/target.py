@@ -113,7 +113,7 @@ class StubAgent:
 
     def register_feed(self, name: str, **_: Any) -> SimpleNamespace:
         assert name.replace("-", "").replace("_", "").isalnum(), name
-        self.feeds[name] = SimpleNamespace(feed_name=name, buffer_start_time=None)
+        self.feeds[name] = SimpleNamespace(feed_name=name, buffer_start_time=None, blocks={})
         return self.feeds[name]
 
     def publish_to_feed(self, name: str, message: Any, **_: Any) -> None:

@@ -340,6 +340,17 @@ def test_a_buffer_that_the_transport_refuses_is_dropped_and_counted_and_all_feed
     assert bench.stats.unpublished == {"not taken by OCS": 3}
 
 
+def test_what_lies_in_the_buffers_gets_the_type_of_its_field(bench: Bench) -> None:
+    bench.metadata(True, "s1")
+    bench.metadata(2, "s2")
+    bench.metadata(7, "s2", "AMCc.other")
+    bench.metadata(0.5, "s3")
+    blocks = [bench.agent.recorded[f"s{number}_meta"].blocks["AMCcx"].data["AMCcx"] for number in (1, 2, 3)]
+
+    assert repr(blocks) == "[[1.0], [2.0], [0.5]]"
+    assert repr(bench.agent.recorded["s2_meta"].blocks["AMCcother"].data) == "{'AMCcother': [7]}"
+
+
 def test_a_stream_that_is_replaced_publishes_what_it_has_and_leaves_ocs(bench: Bench) -> None:
     for number in range(MAX_STREAMS + 1):
         bench.metadata(number, f"s{number}")

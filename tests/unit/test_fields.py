@@ -36,14 +36,21 @@ JSON_VALUES = st.recursive(
 
 
 class Said(list[str]):
-    """What was reported; `forgotten` are the streams that were replaced, `clock` is monotonic."""
+    """What was reported; `forgotten` are replaced streams, `widened` fields with another type, `clock` is monotonic."""
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []
+        self.widened: list[tuple[str, type]] = []
         self.clock = Clock()
 
     def streams(self) -> Streams:
-        return Streams(Feed.enforce_field_name_rules, self.append, self.forgotten.append, self.clock)
+        return Streams(
+            Feed.enforce_field_name_rules,
+            self.append,
+            self.forgotten.append,
+            lambda *field: self.widened.append(field),
+            self.clock,
+        )
 
 
 def field(streams: Streams, value: Any, path: str = "AMCc.Register", stream: str = "ufm_mv1") -> Any:
@@ -171,6 +178,7 @@ def test_a_wider_number_changes_the_type_for_all_streams_and_is_said_once() -> N
         assert repr(field(streams, 3, stream=stream)) == "3.0"
     assert len(said) == 1
     assert "was int and now is float" in said[0]
+    assert said.widened == [("AMCcRegister", float)]
 
 
 def fill(streams: Streams, messages: int = 1) -> list[str]:
