@@ -212,14 +212,16 @@ class PysmurfMonitor(DatagramProtocol):
         kind = message.envelope["type"]
         stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
-            meta = messages.reduce(message.meta)
-            self._intake.put(meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", messages.encode(kind, meta)))
+            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", message.text))
         elif self._intake.overloaded:
             stats.unpublished["overload"] += 1
-        elif isinstance(message, SessionMessage):
-            self._feeds.session(message)
-        elif isinstance(message, Metadata):
-            self._feeds.metadata(message)
+        elif isinstance(message, (SessionMessage, Metadata)):
+            if not self._feeds.has_room(len(_data)):
+                stats.unpublished["overload"] += 1
+            elif isinstance(message, SessionMessage):
+                self._feeds.session(message)
+            else:
+                self._feeds.metadata(message)
 
     @ocs_agent.param("test_mode", default=False, type=bool)  # type: ignore[untyped-decorator]
     def run(self, session: Any, params: dict[str, Any] | None = None) -> tuple[bool, str]:

@@ -28,7 +28,7 @@ EVENTS: Mapping[str, str] = {
     "socket": "The UDP port failed, or the kernel grants it less of a buffer than was asked for.",
     "dropped": "Datagrams were no messages, or of senders that are not allowed.",
     "not_published": "A message for a feed was not taken by OCS.",
-    "field": "A register is published under another name than its own, or not, since its type changed.",
+    "field": "A register got another field name than its own, its type widened, or values of another type are dropped.",
     "database": "Something unusual was done to the database: an index made, a replaced file opened anew.",
     "spool": "The spool could not be read and was set aside.",
     "log_dropped": "Lines of the log were dropped, because the program that reads it had stopped reading.",

@@ -2,7 +2,8 @@
 
 ``pysmurf_session_data`` carries the envelopes of ``session_data`` and ``session_log`` unmodified (contract: the
 pysmurf-controller reads them). ``<stream_id>_meta`` are recorded feeds, one block a register, buffered for a
-second; OCS itself flushes such a buffer only with the next message, so `Feeds` does it by a timer and at the end.
+second or `BUFFER_BYTES`; OCS itself flushes such a buffer only with the next message, so `Feeds` does it by a timer and
+at the end.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from autobahn.wamp.exception import Error as WampError
 from ocs.ocs_feed import Feed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
-from socs_monitor.fields import FieldError, Streams
+from socs_monitor.fields import FieldError, Streams, Value
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
 
@@ -26,8 +26,18 @@ SESSION_FEED = "pysmurf_session_data"
 # Seconds that recorded data may lie in OCS's buffer.
 BUFFER_S = 1
 
-# What publishing raises for a message that OCS, the serializer or the transport does not take.
-_NOT_TAKEN = (WampError, RuntimeError, TypeError, ValueError, OverflowError)
+# Bytes in such a buffer from which it is flushed: the transport takes messages of up to 1 MiB and refuses larger ones.
+# The last sample may bring three times the 64 kB of a datagram, as JSON text that escapes two bytes with six.
+BUFFER_BYTES = 256_000
+
+# Bytes of a sample beside its field's name, which it may bring twice, and its text: a block's keys, time and number.
+_SAMPLE_BYTES = 100
+
+# Bytes of datagrams that are published in a second: what the router does not take at once stays in memory. Real streams
+# send less than 100 kB a second, in messages of a few hundred bytes. Larger ones are dropped first.
+RATE_LARGE = 4 << 20
+RATE_SMALL = 16 << 20
+_LARGE = 1000
 
 # Session messages kept while the router is away: a controller has no use for old ones.
 BACKLOG_MAX = 1000
@@ -48,8 +58,15 @@ class Feeds:
         self._stats = stats
         self._monotonic = monotonic
         self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
-        self._streams = Streams(Feed.enforce_field_name_rules, lambda text: stats.repeated("warn", "field", text))
-        self._recorded: dict[str, Any] = {}
+        self._streams = Streams(
+            Feed.enforce_field_name_rules,
+            lambda text: stats.repeated("warn", "field", text),
+            self._forget,
+            self._widen,
+        )
+        self._recorded: dict[str, _Recorded] = {}  # by stream
+        self._second = 0  # of CLOCK_MONOTONIC
+        self._bytes = 0  # of the datagrams in this second
         agent.register_feed(SESSION_FEED)
 
     def start(self, reactor: IReactorTime) -> None:
@@ -58,6 +75,16 @@ class Feeds:
         timer.clock = reactor
         timer.start(BUFFER_S)
         self._agent.on("ready", lambda *_: self._publish_backlog())
+
+    def has_room(self, size: int) -> bool:
+        """Whether a datagram of so many bytes may still be published in this second."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._bytes = second, 0
+        if self._bytes + size > (RATE_LARGE if size > _LARGE else RATE_SMALL):
+            return False
+        self._bytes += size
+        return True
 
     def session(self, message: SessionMessage) -> None:
         """Publish a session message, at once or as soon as the router is there."""
@@ -86,28 +113,84 @@ class Feeds:
             self._stats.unpublished[f"metadata: {error.reason}"] += 1
             return
         self._stats.streams.metadata(message.stream_id)
-        feed_name = f"{message.stream_id}_meta"
-        if feed_name not in self._recorded:
-            self._recorded[feed_name] = self._agent.register_feed(feed_name, record=True, buffer_time=BUFFER_S)
+        recorded = self._recorded.get(message.stream_id)
+        if recorded is None:
+            feed = self._agent.register_feed(f"{message.stream_id}_meta", record=True, buffer_time=BUFFER_S)
+            recorded = self._recorded[message.stream_id] = _Recorded(feed)
         block = {"block_name": name, "timestamp": message.time, "data": {name: value}}
-        self._publish(feed_name, block)
+        try:
+            self._agent.publish_to_feed(recorded.feed.feed_name, block, from_reactor=True)
+        except Exception as error:  # noqa: BLE001 (see _flush)
+            self._drop(recorded, error)
+            return
+        if recorded.feed.buffer_start_time is None:  # it was flushed with this sample
+            recorded.bytes = 0
+            return
+        recorded.bytes += _SAMPLE_BYTES + 2 * len(name) + (len(value.encode()) if isinstance(value, str) else 0)
+        if recorded.bytes >= BUFFER_BYTES:
+            self._flush(recorded)
 
     def _publish(self, feed_name: str, message: dict[str, Any]) -> None:
         try:
             self._agent.publish_to_feed(feed_name, message, from_reactor=True)
-        except _NOT_TAKEN as error:
-            self._stats.unpublished["not taken by OCS"] += 1
-            self._stats.repeated(
-                "warn", "not_published", f"a message for a feed could not be published: {error!r}", feed=feed_name
-            )
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next message may be taken)
+            self._count_refused(1, feed_name, error)
 
     def flush(self) -> None:
         """Publish what lies in the buffers of the recorded feeds."""
         if self._router_joined():
-            for feed in self._recorded.values():
-                if feed.buffer_start_time is not None:
-                    feed.flush_buffer()
-                    feed.buffer_start_time = None
+            for recorded in self._recorded.values():
+                self._flush(recorded)
+
+    def _flush(self, recorded: _Recorded) -> None:
+        feed = recorded.feed
+        if feed.buffer_start_time is None:
+            return
+        try:
+            feed.flush_buffer()
+        except Exception as error:  # noqa: BLE001 (OCS would keep the buffer, and refuse it again for ever)
+            self._drop(recorded, error)
+        feed.buffer_start_time = None
+        recorded.bytes = 0
+
+    def _drop(self, recorded: _Recorded, error: Exception) -> None:
+        """Empty the buffer of a feed that OCS, the serializer or the transport refused to publish."""
+        samples = 0
+        for block in recorded.feed.blocks.values():
+            samples += len(block.timestamps)
+            block.clear()
+        recorded.feed.buffer_start_time = None
+        recorded.bytes = 0
+        self._count_refused(samples, recorded.feed.feed_name, error)
+
+    def _count_refused(self, messages: int, feed_name: str, error: Exception) -> None:
+        self._stats.unpublished["not taken by OCS"] += messages
+        text = f"could not publish {messages} messages on a feed: {error!r}"
+        self._stats.repeated("warn", "not_published", text, feed=feed_name)
+
+    def _forget(self, stream_id: str) -> None:
+        """Publish what a stream has left, and take its feed from OCS, which has no method for that."""
+        recorded = self._recorded.pop(stream_id, None)
+        if recorded is not None:
+            self._flush(recorded)
+            self._agent.feeds.pop(recorded.feed.feed_name, None)
+
+    def _widen(self, field: str, kind: type[Value]) -> None:
+        """Convert what lies in the buffers: InfluxDB refuses a whole batch that has a new field in two types."""
+        for recorded in self._recorded.values():
+            block = recorded.feed.blocks.get(field)
+            if block is not None:
+                block.data[field] = [kind(value) for value in block.data[field]]
 
     def _router_joined(self) -> bool:
         return bool(self._agent.realm_joined)
+
+
+class _Recorded:
+    """A stream's feed, and about how many bytes lie in its buffer."""
+
+    __slots__ = ("bytes", "feed")
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.bytes = 0
