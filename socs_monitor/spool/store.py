@@ -80,7 +80,7 @@ _MORE_CHANGES: Mapping[Event, str] = {
     Event.RESTARTED: ", rounds = rounds + 1",
     Event.GIVEN_UP: ", attempts = attempts + 1",
     Event.REFUSED: ", refused = 1",
-    Event.DUE: ", attempts = 0, refused = 0",
+    Event.RETRIED: ", attempts = 0, refused = 0",
 }
 
 
@@ -433,7 +433,7 @@ class Spool:
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Make dead letters (those of `ids`, or all) pending again, due at once; return how many."""
-        return self._revise(Event.DUE, ids)
+        return self._revise(Event.RETRIED, ids)
 
     def discard(self, ids: Iterable[int] | None = None) -> int:
         """Forget dead letters (those of `ids`, or all) for good; return how many."""
