@@ -219,7 +219,7 @@ class PysmurfMonitor(DatagramProtocol):
             if not self._feeds.has_room(len(_data)):
                 stats.unpublished["overload"] += 1
             elif isinstance(message, SessionMessage):
-                self._feeds.session(message)
+                self._feeds.session(message, _data if isinstance(_data, bytes) else _data.encode())
             else:
                 self._feeds.metadata(message)
 

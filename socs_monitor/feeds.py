@@ -17,6 +17,7 @@ from ocs.ocs_feed import Feed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
+from socs_monitor import messages
 from socs_monitor.fields import FieldError, Streams, Value
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
@@ -33,15 +34,44 @@ BUFFER_BYTES = 256_000
 # Bytes of a sample beside its field's name, which it may bring twice, and its text: a block's keys, time and number.
 _SAMPLE_BYTES = 100
 
-# Bytes of datagrams that are published in a second: what the router does not take at once stays in memory. Real streams
-# send less than 100 kB a second, in messages of a few hundred bytes. Larger ones are dropped first.
-RATE_LARGE = 4 << 20
-RATE_SMALL = 16 << 20
-_LARGE = 1000
+# Bytes of datagrams published while the router takes nothing: autobahn keeps them in memory, whatever their number.
+IN_FLIGHT_MAX = 16 << 20
 
-# Session messages kept while the router is away: a controller has no use for old ones.
+# Session messages kept while the router is away: a controller has no use for old ones. They are kept as bytes, since
+# the objects of a message can take 28 times as much.
 BACKLOG_MAX = 1000
+BACKLOG_BYTES = 16 << 20
 BACKLOG_AGE_S = 300.0
+
+
+class _Flow:
+    """Whether the router takes what is published; a push producer (Twisted's IPushProducer) of the connection."""
+
+    def __init__(self) -> None:
+        self._paused = False
+        self._in_flight = 0  # bytes published since the router takes nothing
+
+    def pauseProducing(self) -> None:
+        """Note that the transport's buffer is full."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """Note that the transport's buffer is empty."""
+        self._paused = False
+        self._in_flight = 0
+
+    def stopProducing(self) -> None:
+        """Note that the connection is lost, and with it the buffer."""
+        self.resumeProducing()
+
+    def takes(self, size: int) -> bool:
+        """Whether so many bytes may be published now; they are counted then."""
+        if not self._paused:
+            return True
+        if self._in_flight + size > IN_FLIGHT_MAX:
+            return False
+        self._in_flight += size
+        return True
 
 
 class Feeds:
@@ -57,7 +87,9 @@ class Feeds:
         self._agent = agent
         self._stats = stats
         self._monotonic = monotonic
-        self._backlog: deque[tuple[float, dict[str, Any]]] = deque()
+        self._backlog: deque[tuple[float, bytes]] = deque()
+        self._backlog_bytes = 0
+        self._flow = _Flow()
         self._streams = Streams(
             Feed.enforce_field_name_rules,
             lambda text: stats.repeated("warn", "field", text),
@@ -65,8 +97,6 @@ class Feeds:
             self._widen,
         )
         self._recorded: dict[str, _Recorded] = {}  # by stream
-        self._second = 0  # of CLOCK_MONOTONIC
-        self._bytes = 0  # of the datagrams in this second
         agent.register_feed(SESSION_FEED)
 
     def start(self, reactor: IReactorTime) -> None:
@@ -74,33 +104,41 @@ class Feeds:
         timer = LoopingCall(self.flush)
         timer.clock = reactor
         timer.start(BUFFER_S)
-        self._agent.on("ready", lambda *_: self._publish_backlog())
+        self._agent.on("ready", lambda *_: self._joined())
+
+    def _joined(self) -> None:
+        self._flow.resumeProducing()
+        self._agent.transport.registerProducer(self._flow, True)
+        self._publish_backlog()
 
     def has_room(self, size: int) -> bool:
-        """Whether a datagram of so many bytes may still be published in this second."""
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._bytes = second, 0
-        if self._bytes + size > (RATE_LARGE if size > _LARGE else RATE_SMALL):
-            return False
-        self._bytes += size
-        return True
+        """Whether a datagram of so many bytes may be published: a stalled connection would keep it in memory."""
+        return self._flow.takes(size)
 
-    def session(self, message: SessionMessage) -> None:
-        """Publish a session message, at once or as soon as the router is there."""
-        self._backlog.append((self._monotonic(), message.envelope))
-        if len(self._backlog) > BACKLOG_MAX:
-            self._backlog.popleft()
+    def session(self, message: SessionMessage, datagram: bytes) -> None:
+        """Publish a session message, at once or as soon as the router is there; `datagram` is what it came as."""
+        if self._router_joined() and not self._backlog:
+            self._publish(SESSION_FEED, message.envelope)
+            return
+        self._backlog.append((self._monotonic(), datagram))
+        self._backlog_bytes += len(datagram)
+        while len(self._backlog) > BACKLOG_MAX or self._backlog_bytes > BACKLOG_BYTES:
+            self._take_oldest()
             self._stats.unpublished["session messages: no router"] += 1
         self._publish_backlog()
 
+    def _take_oldest(self) -> tuple[float, bytes]:
+        since, datagram = self._backlog.popleft()
+        self._backlog_bytes -= len(datagram)
+        return since, datagram
+
     def _publish_backlog(self) -> None:
         while self._backlog and self._router_joined():
-            since, envelope = self._backlog.popleft()
+            since, datagram = self._take_oldest()
             if self._monotonic() - since > BACKLOG_AGE_S:
                 self._stats.unpublished["session messages: no router"] += 1
             else:
-                self._publish(SESSION_FEED, envelope)
+                self._publish(SESSION_FEED, messages.parse(datagram).envelope)
 
     def metadata(self, message: Metadata) -> None:
         """Publish the value of a register on its stream's feed; without a router it is dropped, and counted."""
@@ -163,9 +201,9 @@ class Feeds:
         recorded.bytes = 0
         self._count_refused(samples, recorded.feed.feed_name, error)
 
-    def _count_refused(self, messages: int, feed_name: str, error: Exception) -> None:
-        self._stats.unpublished["not taken by OCS"] += messages
-        text = f"could not publish {messages} messages on a feed: {error!r}"
+    def _count_refused(self, number: int, feed_name: str, error: Exception) -> None:
+        self._stats.unpublished["not taken by OCS"] += number
+        text = f"could not publish {number} messages on a feed: {error!r}"
         self._stats.repeated("warn", "not_published", text, feed=feed_name)
 
     def _forget(self, stream_id: str) -> None:

@@ -59,7 +59,14 @@ class FileQueue(queue.Queue[Meta]):
 
     It is bounded by what `has_room` says, which `put` does not ask: nobody who puts is ever made to wait. Memory counts
     as free again when the queue is empty.
+
+    Args:
+        max_bytes: Bytes of memory that its registrations take at most.
     """
+
+    def __init__(self, max_bytes: int = QUEUE_MAX) -> None:
+        super().__init__()
+        self._max_bytes = max_bytes
 
     def _init(self, maxsize: int) -> None:
         self.queue: deque[Meta] = deque()
@@ -78,7 +85,7 @@ class FileQueue(queue.Queue[Meta]):
 
     def has_room(self, memory: int) -> bool:
         """Whether registrations that take so many bytes of memory should be put on it."""
-        return self._memory + memory <= QUEUE_MAX
+        return self._memory + memory <= self._max_bytes
 
     def clear(self) -> None:
         """Take registrations off the queue; what somebody else put there stays."""
@@ -130,6 +137,8 @@ class Intake:
         stats: Counts what is received and takes conditions.
         clock: Gives unix time.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
+        inbox_max: Bytes of registrations kept in memory while the spool cannot be written.
+        retry_s: Seconds after which the intake's thread tries again to write.
 
     Attributes:
         measured (Measure): What the latest `measure` found.
@@ -142,7 +151,12 @@ class Intake:
         stats: Stats,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
+        inbox_max: int = INBOX_MAX,
+        retry_s: float = _RETRY_S,
     ) -> None:
+        self._inbox_max = inbox_max
+        self._retry_s = retry_s
         self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
@@ -205,12 +219,16 @@ class Intake:
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that non-registration traffic is shed."""
+<<<<<<< HEAD
         return self.unwritten > INBOX_MAX // 2
 
     @property
     def unwritten(self) -> int:
         """Bytes of memory that registrations take which are not in the spool yet."""
         return self._memory_put - self._memory_freed
+=======
+        return self._memory_put - self._memory_freed > self._inbox_max // 2
+>>>>>>> wt-t2
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
@@ -218,7 +236,11 @@ class Intake:
         With a thread of the intake's own it is written after the next `commit`.
         """
         with self._putting:
+<<<<<<< HEAD
             if self.unwritten > INBOX_MAX:
+=======
+            if self._memory_put - self._memory_freed > self._inbox_max:
+>>>>>>> wt-t2
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
                     "intake",
@@ -329,8 +351,13 @@ class Intake:
         while not self._closing.is_set():
             batch = self._batches.get()
             with self._flushing:
+<<<<<<< HEAD
                 self._to_write.extend(batch or ())
             while not self.flush() and not self._closing.wait(_RETRY_S):
+=======
+                self._unwritten.extend(batch or ())
+            while not self.flush() and not self._closing.wait(self._retry_s):
+>>>>>>> wt-t2
                 pass
 
     def _sync(self) -> None:
