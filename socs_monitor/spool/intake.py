@@ -219,16 +219,12 @@ class Intake:
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that non-registration traffic is shed."""
-<<<<<<< HEAD
-        return self.unwritten > INBOX_MAX // 2
+        return self.unwritten > self._inbox_max // 2
 
     @property
     def unwritten(self) -> int:
         """Bytes of memory that registrations take which are not in the spool yet."""
         return self._memory_put - self._memory_freed
-=======
-        return self._memory_put - self._memory_freed > self._inbox_max // 2
->>>>>>> wt-t2
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
@@ -236,11 +232,7 @@ class Intake:
         With a thread of the intake's own it is written after the next `commit`.
         """
         with self._putting:
-<<<<<<< HEAD
-            if self.unwritten > INBOX_MAX:
-=======
-            if self._memory_put - self._memory_freed > self._inbox_max:
->>>>>>> wt-t2
+            if self.unwritten > self._inbox_max:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
                     "intake",
@@ -351,13 +343,8 @@ class Intake:
         while not self._closing.is_set():
             batch = self._batches.get()
             with self._flushing:
-<<<<<<< HEAD
                 self._to_write.extend(batch or ())
-            while not self.flush() and not self._closing.wait(_RETRY_S):
-=======
-                self._unwritten.extend(batch or ())
             while not self.flush() and not self._closing.wait(self._retry_s):
->>>>>>> wt-t2
                 pass
 
     def _sync(self) -> None:
