@@ -56,7 +56,9 @@ _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
 _COLUMNS = "id, state, attempts, rounds, received, sender"
-# What is scheduled goes before the backlog, so that re-checks keep up with it.
+# What is scheduled goes before the backlog, so that re-checks keep up with it. A part of the room is the backlog's in any
+# case: anybody can announce files that do not exist, and each of those is looked for again and again.
+_BACKLOG_PART = 4
 _DUE = [
     f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
     f" WHERE due {condition} AND due <= ? ORDER BY due, id LIMIT ?"
@@ -357,7 +359,7 @@ class Spool:
             limit: How many at most.
 
         Returns:
-            What was taken up, the longest due first: the caller holds it from now on.
+            What was taken up, in the states from before, the longest due first: the caller holds it from now on.
 
         Raises:
             TransitionError: If a transition is not in `states.TRANSITIONS`; nothing took effect.
@@ -389,8 +391,8 @@ class Spool:
     def _take_up(self, db: sqlite3.Connection, now: float, limit: int) -> list[Due]:
         taken: list[Due] = []
         size = 0
-        for statement in _DUE:
-            for row in db.execute(statement, (now, limit - len(taken))):
+        for statement, most in zip(_DUE, (limit - limit // _BACKLOG_PART, limit), strict=True):
+            for row in db.execute(statement, (now, most - len(taken))):
                 taken.append(Due._make(row))
                 size += len(row[-1] or "")
                 if size >= self._claim_bytes:
