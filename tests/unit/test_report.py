@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from socs_monitor import spool
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
 from socs_monitor.sequences import GRACE_S, Sequences
 from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
@@ -270,11 +269,14 @@ def test_an_idle_agent_says_nothing(bench: Bench) -> None:
     assert bench.chain.said == []
 
 
-def test_dead_letters_that_are_dropped_are_a_line_a_minute(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "MAX_DEAD", 2)
+def test_dead_letters_that_have_no_room_are_a_line_a_minute(bench: Bench) -> None:
+    bench.chain.reopen(max_dead=2)
+    bench = Bench(bench.chain, bench.clock)
     for number in range(10):
         bench.chain.accept(f"{number}", action="..")
         bench.chain.step()
+        bench.look()
+    bench.port.close()
     assert bench.look()["files"]["dead"] == 2
     bench.look(DIGEST_S)
 
