@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,25 @@ def spooled(spool_path: Path) -> dict[str, str]:
     """Path and state of the registrations in a spool, in order; of one that is there twice, the latest state."""
     with contextlib.closing(sqlite3.connect(f"file:{spool_path}?mode=ro", uri=True, timeout=10)) as connection:
         found = connection.execute("SELECT message, state FROM registrations ORDER BY id").fetchall()
-    return {json.loads(message)["payload"]["path"]: state for message, state in found}
+    return {path_of(message): state for message, state in found}
+
+
+def path_of(message: str) -> str:
+    """The path that a registration in the spool names: it is kept as its datagram, or as its payload alone."""
+    kept = json.loads(message)
+    path: str = kept.get("payload", kept)["path"]
+    return path
+
+
+def entries(agent: Agent) -> list[dict[str, Any]]:
+    """All that the spool's file holds of each registration, in order; none if there is no file yet."""
+    spool = spool_of(agent)
+    if not spool.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(f"file:{spool}?mode=ro", uri=True, timeout=10)) as connection:
+        connection.row_factory = sqlite3.Row
+        connection.text_factory = lambda text: text.decode(errors="replace")
+        return [dict(row) for row in connection.execute("SELECT * FROM registrations ORDER BY id")]
 
 
 def acknowledged(agent: Agent) -> set[str]:
@@ -79,3 +98,24 @@ def wait_registered(agent: Agent, paths: Collection[str], deadline_s: float = 20
 
     agent.wait_for(registered, deadline_s, f"registered {len(paths)} files")
     check_registered(agent.db_path, paths)
+
+
+def wait_rows(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
+    """Wait until each of the files has exactly one row, with the sum of its content; there may be other rows."""
+
+    def registered() -> bool:
+        return {row["local_path"] for row in agent.rows()} >= set(paths)
+
+    agent.wait_for(registered, deadline_s, f"registered {len(paths)} files")
+    wanted = set(paths)
+    check_rows([row for row in agent.rows() if row["local_path"] in wanted], {path: md5_of(path) for path in paths})
+
+
+def latencies(agent: Agent, server: SmurfServer, count: int, deadline_s: float = 20) -> list[float]:
+    """Register small files, one after the other, and return the seconds that each took from sending to its row."""
+    taken = []
+    for _ in range(count):
+        begin = time.monotonic()
+        wait_rows(agent, send_files(server, 1), deadline_s)
+        taken.append(time.monotonic() - begin)
+    return taken

@@ -64,19 +64,18 @@ def damaged() -> list[tuple[bytes, str]]:
         (b"", EMPTY),
         *((text, NOT_JSON) for text in (b" ", b"\0", b"{", b"[" * 65_000, b'{"a":' * 13_000, b"\xff\xfe\0", b"nul")),
         *((cut[:length], NOT_JSON) for length in range(1, len(cut), 17)),
-        *((cut.replace(b"crate1", bad), NOT_JSON) for bad in (b"\xff", b"\xc3\x28", b"\\ud800", b"\0")),
+        *((cut.replace(b"crate1", bad), NOT_JSON) for bad in (b"\xff", b"\xc3\x28", b"\0")),
         (cut + b"{}", NOT_JSON),
         (b"1" * 5000, NOT_JSON),
         *((text, WRONG) for text in (b"[]", b"1", b'"a"', b"null", b"NaN", b"1e999", b"{}", b"-" + b"1" * 4300)),
-        *((_encode({**file, key: value}), WRONG) for key in ("id", "type") for value in (None, 1, [], {}, 1.5)),
-        *((_encode({k: v for k, v in file.items() if k != key}), WRONG) for key in ("id", "type", "payload")),
-        *((_encode({**each, "payload": v}), WRONG) for each in (file, g3, register) for v in (None, 1, "a", [], {})),
+        *((encode({**file, "type": value}), WRONG) for value in (None, 1, [], {}, 1.5)),
+        *((encode({**session, "id": value}), WRONG) for value in (None, 1, [], {}, 1.5)),
+        *((encode({k: v for k, v in file.items() if k != key}), WRONG) for key in ("type", "payload")),
+        *((encode({k: v for k, v in session.items() if k != key}), WRONG) for key in ("id", "type", "payload")),
+        *((encode({**each, "payload": v}), WRONG) for each in (file, g3, register) for v in (None, 1, "a", [], {})),
         *((_with(each, path=value), WRONG) for each in (file, g3) for value in ("", "a\0b", 1, None, ["/a"], {})),
-        *((_with(file, timestamp=value), WRONG) for value in (None, True, "now", 1e300, float("nan"), 10**4000)),
-        *((_with(file, **{key: v}), WRONG) for key in ("action", "archive_name", "format") for v in (1, [], {})),
-        *((_with(file, action_ts=value), WRONG) for value in (1.5, [], {}, True)),
-        *((_encode({**session, "payload": value}), WRONG) for value in (None, "text", [], 1)),
-        *((_encode({**register, "time": value}), WRONG) for value in (None, "1", float("nan"), 1e300, 10**4000)),
+        *((encode({**session, "payload": value}), WRONG) for value in (None, "text", [], 1)),
+        *((encode({**register, "time": value}), WRONG) for value in (None, "1", float("nan"), 1e300, 10**4000)),
     ]  # fmt: skip
 
 
@@ -92,13 +91,13 @@ def odd_values(path: str = "/data/none.txt") -> list[bytes]:
             for key in payload:
                 made.append({**envelope, "payload": {k: v for k, v in payload.items() if k != key}})
                 made += [{**envelope, "payload": {**payload, key: value}} for value in ODD_VALUES]
-    return [_encode(envelope) for envelope in made]
+    return [encode(envelope) for envelope in made]
 
 
 def mutated(seed: int) -> Iterator[bytes]:
     """Real messages with bytes changed, cut out and put in, without end."""
     rng = random.Random(seed)
-    real = [_encode(envelope) for envelope in envelopes()]
+    real = [encode(envelope) for envelope in envelopes()]
     while True:
         datagram = bytearray(rng.choice(real))
         for _ in range(rng.randint(1, 4)):
@@ -122,22 +121,22 @@ def traversals(path: str) -> list[bytes]:
     parents = "../" * 12
     ways_out = ("..", ".", "/", "/etc", f"{parents}etc/cron.d/x", "a/b", "a/../../b", "x/..")
     return [
-        *(_encode({**file, "id": way}) for way in (*ways_out, "")),
+        *(encode({**file, "id": way}) for way in (*ways_out, "")),
         *(_with(file, **{key: way}) for key in ("action", "action_ts") for way in ways_out),
-        _encode({**g3, "payload": {"path": path}}),
+        encode({**g3, "payload": {"path": path}}),
         *(_with(file, archive_name=name) for name in (*ways_out, "", "etc", "smurf/..", "TIMESTREAMS", "\0")),
         *(_with(each, path=path + end) for each in (file, g3) for end in ("/..", "/.", "/", "/../..")),
         *(_with(file, path=relative) for relative in ("../x.txt", "x.txt", "./x", "~/x", "file:///etc/passwd")),
         *(_with(g3, path=short) for short in ("/x.g3", "/a/x.g3", "/../../x.g3", "//", "/")),
-        *(_encode({**file, "id": odd}) for odd in ("a b", "a\nb", "a\\b", "a\0b", "x" * 300)),
+        *(encode({**file, "id": odd}) for odd in ("a b", "a\nb", "a\\b", "a\0b", "x" * 300)),
     ]
 
 
 def _with(envelope: dict[str, Any], **fields: Any) -> bytes:
-    return _encode({**envelope, "payload": {**envelope["payload"], **fields}})
+    return encode({**envelope, "payload": {**envelope["payload"], **fields}})
 
 
-def _encode(envelope: dict[str, Any]) -> bytes:
+def encode(envelope: dict[str, Any]) -> bytes:
     return json.dumps(envelope).encode()
 
 

@@ -29,6 +29,7 @@ written when the disk is full.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -46,6 +47,9 @@ _PAGE = 4096  # bytes, SQLite's default
 # Room kept in the file and in its journal (bytes). Measured on a full disk: 50,000 registrations of 320 bytes are still
 # written, which is what the intake holds in memory at most; making the room takes 0.1 s at start.
 RESERVE = 16 * 1024 * 1024
+
+# Less room than this (bytes) is not worth having.
+_RESERVE_MIN = 64 * 1024
 
 # The journal's size (pages) at which accepting itself moves it to the file: a backstop, since under a
 # load that never pauses the checkpoints of `Spool.sync` cannot reset the journal.
@@ -202,25 +206,36 @@ def used_bytes(connection: sqlite3.Connection) -> int:
     return file_bytes(connection) - int(free) * _PAGE
 
 
-def reserve(connection: sqlite3.Connection, size: int) -> None:
-    """Have `size` bytes of free pages in the file, and a journal of that size, which are used when the disk is full.
+def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
+    """Have free pages in the spool's file, and a journal of that size, which are used when the disk is full.
 
     The pages are written by one transaction and freed by the next, so that journal and file really have the blocks.
 
+    Args:
+        connection: The open spool.
+        path: Its file.
+        size: Bytes to have free; fewer where they would be more than an eighth of what the disk has left.
+
     Raises:
-        sqlite3.Error: If the disk has no room for them.
+        sqlite3.Error: If the disk has no room for them; none is taken then.
+        OSError: Likewise.
     """
+    disk = os.statvfs(path)
+    size = min(size, disk.f_bavail * disk.f_frsize // 8)
+    if size < _RESERVE_MIN:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute("CREATE TABLE reserve (room BLOB)")
         connection.execute("INSERT INTO reserve VALUES (zeroblob(?))", (size,))
         connection.execute("COMMIT")
+        connection.execute("DROP TABLE reserve")
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
     except sqlite3.Error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         raise
-    connection.execute("DROP TABLE reserve")
-    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def open_or_begin(path: str, report: Callable[[str], None], busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:

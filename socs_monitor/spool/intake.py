@@ -168,7 +168,7 @@ class Intake:
         self._put: list[tuple[Meta, Incoming]] = []  # since the latest `commit`
         self._putting = threading.Lock()
         self._batches: queue.SimpleQueue[list[tuple[Meta, Incoming]] | None] = queue.SimpleQueue()
-        self._unwritten: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
+        self._to_write: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
         self._memory_put = 0
         self._memory_freed = 0
         self._flushing = threading.Lock()
@@ -191,22 +191,40 @@ class Intake:
         for thread in self._threads:
             thread.join()
         if not self.flush():
-            paths = [meta["path"] for meta, _ in self._unwritten]
-            for start in range(0, len(paths), _PATHS_A_LINE):
-                some = ", ".join(messages.brief(path) for path in paths[start : start + _PATHS_A_LINE])
-                self._stats.log(
-                    "error",
-                    "registrations_lost",
-                    f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy"
-                    f" these files until they are announced again: {some}. Run: socs-monitor send FILE...",
-                    count=len(paths),
-                )
+            self.log_unwritten()
         self._spool.close()
+
+    @property
+    def written(self) -> int:
+        """A number that grows while registrations are written."""
+        return self._memory_freed
+
+    def log_unwritten(self) -> None:
+        """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
+        left = [*self._to_write]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left += self._batches.get_nowait() or ()
+        paths = [messages.brief(meta["path"]) for meta, _ in (*left, *self._put)]
+        for start in range(0, len(paths), _PATHS_A_LINE):
+            self._stats.log(
+                "error",
+                "registrations_lost",
+                f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy these"
+                f" files until they are announced again: {', '.join(paths[start : start + _PATHS_A_LINE])}."
+                " Run: socs-monitor send FILE...",
+                count=len(paths),
+            )
 
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that non-registration traffic is shed."""
-        return self._memory_put - self._memory_freed > self._inbox_max // 2
+        return self.unwritten > self._inbox_max // 2
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes of memory that registrations take which are not in the spool yet."""
+        return self._memory_put - self._memory_freed
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
@@ -214,7 +232,7 @@ class Intake:
         With a thread of the intake's own it is written after the next `commit`.
         """
         with self._putting:
-            if self._memory_put - self._memory_freed > self._inbox_max:
+            if self.unwritten > self._inbox_max:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
                     "intake",
@@ -240,9 +258,9 @@ class Intake:
             self.commit()
             with contextlib.suppress(queue.Empty):
                 while True:
-                    self._unwritten.extend(self._batches.get_nowait() or ())
-            while self._unwritten:
-                batch = [self._unwritten[place] for place in range(min(BATCH, len(self._unwritten)))]
+                    self._to_write.extend(self._batches.get_nowait() or ())
+            while self._to_write:
+                batch = [self._to_write[place] for place in range(min(BATCH, len(self._to_write)))]
                 try:
                     self._accept([meta for meta, _ in batch], [incoming for _, incoming in batch])
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
@@ -250,7 +268,7 @@ class Intake:
                     return False
                 for _, incoming in batch:
                     self._memory_freed += len(incoming.message) + _MEMORY
-                    self._unwritten.popleft()
+                    self._to_write.popleft()
                 self._stats.cured("spool", "the spool can be written again")
                 if not self.overloaded:
                     self._stats.cured("intake", "registrations are no longer refused")
@@ -325,7 +343,7 @@ class Intake:
         while not self._closing.is_set():
             batch = self._batches.get()
             with self._flushing:
-                self._unwritten.extend(batch or ())
+                self._to_write.extend(batch or ())
             while not self.flush() and not self._closing.wait(self._retry_s):
                 pass
 

@@ -258,11 +258,11 @@ class Spool:
             raise SpoolError(f"cannot open the spool {path}: {error}") from error
         if reserve:
             try:
-                file.reserve(self._db, reserve)
-            except sqlite3.Error as error:
+                file.reserve(self._db, path, reserve)
+            except (sqlite3.Error, OSError) as error:
                 report(
-                    f"The spool {path} could not set {reserve} bytes aside for a full disk ({error}). If the disk fills"
-                    " up, registrations that are in memory are lost at a stop. Make room on that disk"
+                    f"The spool {path} has no room of its own for a full disk ({error}). If the disk stays full,"
+                    " registrations that are in memory are lost at a stop. Make room on that disk"
                 )
 
     def close(self) -> None:

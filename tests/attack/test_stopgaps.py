@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from socs_monitor.commands.status import State
 from socs_monitor.emulator import Publisher
 from tests.chain import execute
 from tests.evidence import spool_of, spooled
-from tests.harness import Agent
+from tests.harness import OWN_BIN, Agent
 from tests.integration.test_end_to_end import announce, wait_registered
 
 StartAgent = Callable[..., Agent]
@@ -69,4 +71,28 @@ def test_any_number_of_attempts_holds_up_no_other(agent: StartAgent, tmp_path: P
     monitor.wait_for(lambda: execute(spool, attempts) == [(1025,)], 30, "looked for the file once more")
 
     wait_registered(monitor, announce(monitor, tmp_path / "data", 12))
+    assert "unforeseen" not in monitor.log
+
+
+def test_a_message_that_this_version_cannot_read_holds_up_no_other(agent: StartAgent, tmp_path: Path) -> None:
+    monitor = agent()
+    path = tmp_path / "missing.txt"
+    publisher = Publisher("ufm_mv19", monitor.address)
+    publisher.data_file(str(path), timestamp=1700000000, action="take_iv", action_ts="1700000000")
+    publisher.close()
+    spool = spool_of(monitor)
+    monitor.wait_for(lambda: spooled(spool) == {str(path): "waiting"}, 30, "waits for the file")
+    assert monitor.stop() == 0
+    execute(spool, "UPDATE registrations SET message = '{}', state = 'pending', received = 1700000000")
+    status = [OWN_BIN / "socs-monitor", "status", "--brief", "--site-file", monitor.site_config]
+    asked = subprocess.run(status, capture_output=True, text=True, timeout=60, check=False)
+    assert (asked.returncode, asked.stderr) == (State.NOT_RUNNING.value, "")
+    assert "oldest" in asked.stdout
+    monitor.start()
+    monitor.wait_listening()
+
+    wait_registered(monitor, announce(monitor, tmp_path / "data", 12))
+    (letter,) = monitor.client().list_failed().session["data"]["failed"]
+    assert letter["refused"]
+    assert "wrong or missing field" in letter["reason"]
     assert "unforeseen" not in monitor.log
