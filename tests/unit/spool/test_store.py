@@ -69,7 +69,9 @@ def test_an_outcome_that_comes_too_late_is_dropped(spool: Spool, path: str) -> N
     move(spool, State.DEAD, id_)
     before = content(path)
     for _ in range(2):
-        spool.apply([Transition(State.PENDING, Event.COMMITTED, [id_], 1.0), Transition(State.PENDING, Event.KNOWN, [99])])
+        spool.apply(
+            [Transition(State.PENDING, Event.COMMITTED, [id_], 1.0), Transition(State.PENDING, Event.KNOWN, [99])]
+        )
 
     assert content(path) == before
     assert counts(spool) == {"dead": 1, "received": 1}

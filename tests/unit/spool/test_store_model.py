@@ -183,7 +183,9 @@ class SpoolMachine(RuleBasedStateMachine):
         states = {state: len(self.in_state(state)) for state in STORED}
         assert self.spool.counts == {**states, **self.gone, RECEIVED: self.received}
         assert self.spool.counts[RECEIVED] == sum(states.values()) + sum(self.gone.values())
-        assert self.spool.next_due <= min((row.due for row in self.rows.values() if row.due is not None), default=math.inf)
+        assert self.spool.next_due <= min(
+            (row.due for row in self.rows.values() if row.due is not None), default=math.inf
+        )
         pending = min(self.in_state(State.PENDING), default=None)
         assert self.spool.oldest_pending() == (pending and (pending, 1000.0 + self.rows[pending].path))
         dead = sorted(self.in_state(State.DEAD))
