@@ -220,6 +220,7 @@ def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
         sqlite3.Error: If the disk has no room for them; none is taken then.
         OSError: Likewise.
     """
+    connection.execute("DROP TABLE IF EXISTS reserve")  # of a process that was killed here
     disk = os.statvfs(path)
     size = min(size, disk.f_bavail * disk.f_frsize // 8)
     if size < _RESERVE_MIN:

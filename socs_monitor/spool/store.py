@@ -58,8 +58,8 @@ _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
 _COLUMNS = "id, state, attempts, rounds, received, sender"
-# What is scheduled goes before the backlog, so that re-checks keep up with it. A part of the room is the backlog's in any
-# case: anybody can announce files that do not exist, and each of those is looked for again and again.
+# What is scheduled goes before the backlog, so that re-checks keep up with it. This part of each claim is left to the
+# backlog: anybody can announce files that do not exist, and each of those is scheduled again and again.
 _BACKLOG_PART = 4
 _DUE = [
     f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
@@ -221,7 +221,7 @@ class Spool:
 
     Attributes:
         next_due (float): When the next registration is due, seconds of CLOCK_MONOTONIC; infinite where none is.
-        crowded_out (int): Number of dead letters that were discarded since the start because there was no room for them.
+        crowded_out (int): Number of dead letters that were discarded since the start for lack of room.
 
     Raises:
         SpoolBusyError: If another process holds the spool.
