@@ -107,6 +107,7 @@ class Chain:
         policy: How files are treated.
         threads: Whether files are read by the real threads, and not in each step.
         small: Size (bytes) up to which a file is hashed in a step.
+        limits: Of the spool.
 
     Attributes:
         locked: Called while the registrar waits for the database or the spool in a step. If it returns False, `step`
@@ -123,7 +124,9 @@ class Chain:
         *,
         threads: bool = False,
         small: int = SMALL,
+        **limits: Any,
     ) -> None:
+        self.limits = limits if threads else {"reserve": 0, **limits}
         self._threads = threads
         self._small = small
         self.locked: Callable[[], bool] = lambda: False
@@ -140,7 +143,7 @@ class Chain:
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
-        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"))
+        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **self.limits)
         self.queue = FileQueue()
         self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic)
         self.database = Database(

@@ -355,12 +355,14 @@ class Registrar:
                 for one, reason in zip(written, refusals, strict=True)
                 if reason is not None
             ]
-            changed = [
-                one.registration["pub_id"] for one, outcome in zip(written, outcomes, strict=True) if outcome.changed
+            first = [
+                one.registration["pub_id"]
+                for one, outcome in zip(written, outcomes, strict=True)
+                if outcome.changed and not one.registration.rounds
             ]
             registered = [one for one, reason in zip(written, refusals, strict=True) if reason is None]
             if registered:
-                self._stats.registered(len(registered), changed, registered[-1].file.entry.local_path)
+                self._stats.registered(len(registered), first, registered[-1].file.entry.local_path)
                 transitions += self._committed(registered)
         return refused
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import sqlite3
 import time
@@ -154,6 +155,8 @@ def connect(path: str, busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connecti
         sqlite3.Error: If the file cannot be opened.
     """
     db = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
+    # text that another program or a bad disk left there must not hold up the rest
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
     db.execute(f"PRAGMA page_size = {_PAGE}")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -217,6 +220,7 @@ def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
         sqlite3.Error: If the disk has no room for them; none is taken then.
         OSError: Likewise.
     """
+    connection.execute("DROP TABLE IF EXISTS reserve")  # of a process that was killed here
     disk = os.statvfs(path)
     size = min(size, disk.f_bavail * disk.f_frsize // 8)
     if size < _RESERVE_MIN:

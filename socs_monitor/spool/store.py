@@ -29,6 +29,8 @@ from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
 # Counted beside the states: every registration that ever was in the spool since the start.
 RECEIVED = "received"
 
+_CROWDED_OUT = "crowded out"
+
 # Dead letters kept at most: nobody reads more, and a hostile sender can make any number.
 MAX_DEAD = 10_000
 
@@ -56,7 +58,9 @@ _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
 _COLUMNS = "id, state, attempts, rounds, received, sender"
-# What is scheduled goes before the backlog, so that re-checks keep up with it.
+# What is scheduled goes before the backlog, so that re-checks keep up with it. This part of each claim is left to the
+# backlog: anybody can announce files that do not exist, and each of those is scheduled again and again.
+_BACKLOG_PART = 4
 _DUE = [
     f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
     f" WHERE due {condition} AND due <= ? ORDER BY due, id LIMIT ?"
@@ -217,6 +221,7 @@ class Spool:
 
     Attributes:
         next_due (float): When the next registration is due, seconds of CLOCK_MONOTONIC; infinite where none is.
+        crowded_out (int): Number of dead letters that were discarded since the start for lack of room.
 
     Raises:
         SpoolBusyError: If another process holds the spool.
@@ -239,6 +244,7 @@ class Spool:
         self._max_dead = max_dead
         self._claim_bytes = claim_bytes
         self.next_due = -math.inf
+        self.crowded_out = 0
         self._lock = threading.Lock()
         self._unsynced = False
         self._lock_file = file.take_lock(path)
@@ -357,7 +363,7 @@ class Spool:
             limit: How many at most.
 
         Returns:
-            What was taken up, the longest due first: the caller holds it from now on.
+            What was taken up, in the states from before, the longest due first: the caller holds it from now on.
 
         Raises:
             TransitionError: If a transition is not in `states.TRANSITIONS`; nothing took effect.
@@ -370,8 +376,7 @@ class Spool:
             for transition in transitions:
                 self._carry_out(db, transition)
             if (excess := self._counts[State.DEAD] + self._changes[State.DEAD] - self._max_dead) > 0:
-                oldest = [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))]
-                self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, oldest))
+                self._crowd_out(db, [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))])
             return self._take_up(db, now, limit) if limit and self.next_due <= now else []
 
     def _carry_out(self, db: sqlite3.Connection, transition: Transition) -> int:
@@ -386,11 +391,14 @@ class Spool:
             self.next_due = due
         return changed
 
+    def _crowd_out(self, db: sqlite3.Connection, ids: Sequence[int]) -> None:
+        self._count(_CROWDED_OUT, self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, ids)))
+
     def _take_up(self, db: sqlite3.Connection, now: float, limit: int) -> list[Due]:
         taken: list[Due] = []
         size = 0
-        for statement in _DUE:
-            for row in db.execute(statement, (now, limit - len(taken))):
+        for statement, most in zip(_DUE, (limit - limit // _BACKLOG_PART, limit), strict=True):
+            for row in db.execute(statement, (now, most - len(taken))):
                 taken.append(Due._make(row))
                 size += len(row[-1] or "")
                 if size >= self._claim_bytes:
@@ -468,8 +476,7 @@ class Spool:
     def _has_room(self, db: sqlite3.Connection) -> bool:
         """Look what is free in a large file; if too little, discard refused dead letters: anybody can send those."""
         if file.used_bytes(db) > self.max_bytes:
-            refused = [id_ for (id_,) in db.execute(_REFUSED)]
-            self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, refused))
+            self._crowd_out(db, [id_ for (id_,) in db.execute(_REFUSED)])
         return file.used_bytes(db) <= self.max_bytes
 
     @contextlib.contextmanager
@@ -487,6 +494,7 @@ class Spool:
                     db.execute("ROLLBACK")
                 raise
             self._counts = {state: number + self._changes[state] for state, number in self._counts.items()}
+            self.crowded_out += self._changes[_CROWDED_OUT]
             self._unsynced = True
 
     def _count(self, state: str, number: int) -> None:
