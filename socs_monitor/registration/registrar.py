@@ -160,7 +160,7 @@ class Registrar:
         self._is_late = False  # whether results may have lain about since they were found
         self._database_identity = self._database.identity
         now = self._monotonic()
-        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts)))
+        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Try dead letters (those of `ids`, or all) again now; return how many. Any thread may call it.
@@ -204,7 +204,12 @@ class Registrar:
         registrations = [item for item in items if isinstance(item, Registration)]
         if len(registrations) < len(items):
             foreign = [item for item in items if not isinstance(item, Registration)]
-            registrations += self._persist(lambda: self._intake.adopt(foreign))
+            try:
+                registrations += self._persist(lambda: self._intake.adopt(foreign))
+            except StoppedError:
+                for item in foreign:  # of which the spool has nothing yet
+                    self._queue.put(item)
+                raise
         return registrations
 
     def _note_hanging(self) -> None:
