@@ -56,7 +56,7 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
             clock.advance(10)
         assert chain.stats.degraded
         assert "another process holds the write lock" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
-        assert chain.counts() == {"received": 5, "settling": 1, "pending": 4}
+        assert chain.counts() == {"received": 5, "registered": 1, "pending": 4}
     chain.step()
     clock.advance(1)
     chain.step()
@@ -91,7 +91,7 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
     clock.advance(2)
     chain.step()
 
-    assert held == [{"received": 1, "settling": 1}] * 2
+    assert held == [{"received": 1, "registered": 1}] * 2
     assert chain.counts() == {"received": 1, "settled": 1}
     assert not chain.stats.degraded
 
@@ -129,7 +129,7 @@ def test_a_spool_that_fails_after_the_commit_is_told_later(
             clock.advance(10)
             assert not chain.registrar.step(0.0), "it has settled, and the spool was not told"
         assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool entries"}
-        assert chain.counts() == {"received": 1, "settling": 1}
+        assert chain.counts() == {"received": 1, "registered": 1}
     chain.intake.flush()
     clock.advance(10)
     chain.step()
