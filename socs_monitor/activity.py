@@ -106,10 +106,14 @@ class WriteTimes:
 
     Attributes:
         errors (int): How often the database could not be used.
+        corrected (int): Number of corrections of rows that SupRsync could not finish.
+        file_missing (int): Number of rows that wait for a copy of a file that is gone, a minute ago at most.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
+        self.corrected = 0
+        self.file_missing = 0
         self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # by second
         self._last = 0.0
         self.errors = 0
@@ -125,7 +129,13 @@ class WriteTimes:
         self._last = seconds
 
     def data(self) -> dict[str, float]:
-        """Seconds of the last commit, and of the longest within the last minute; the number of errors."""
+        """Return the seconds of the last commit and of the longest within the last minute, and the counters."""
         since = self._monotonic() - _WINDOW_S
         recent = [seconds for second, seconds in self._longest.copy() if second >= since]
-        return {"write": self._last, "write_max": max(recent, default=0.0), "errors": self.errors}
+        return {
+            "write": self._last,
+            "write_max": max(recent, default=0.0),
+            "errors": self.errors,
+            "corrected": self.corrected,
+            "file_missing": self.file_missing,
+        }

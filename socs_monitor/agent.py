@@ -31,6 +31,7 @@ from twisted.internet.task import LoopingCall
 
 from socs_monitor import messages, options, statsfeed, udp
 from socs_monitor.archive import create_remote_path
+from socs_monitor.completeness.caretaker import Caretaker
 from socs_monitor.feeds import Feeds
 from socs_monitor.logpipe import LogPipe
 from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
@@ -118,14 +119,16 @@ class PysmurfMonitor(DatagramProtocol):
     def _intake(self) -> Intake:
         return Intake(self._spool, self.file_queue, self._stats)
 
+    def _database(self, create_table: bool) -> Database:
+        report = self._stats.reporter("warn", "database")
+        return Database(self.db_path, create_table=create_table, echo=self.echo_sql, report=report)
+
+    def _make_caretaker(self) -> Caretaker:
+        return Caretaker(self._database(False), self._registrar.hash_file, self._stats)
+
     @functools.cached_property
     def _registrar(self) -> Registrar:
-        database = Database(
-            self.db_path,
-            create_table=getattr(self._args, "create_table", True),
-            echo=self.echo_sql,
-            report=self._stats.reporter("warn", "database"),
-        )
+        database = self._database(getattr(self._args, "create_table", True))
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
         policy = options.policy(self._args)
         return Registrar(self._intake, self.file_queue, self._spool, database, self._stats, policy, debug)
@@ -209,14 +212,16 @@ class PysmurfMonitor(DatagramProtocol):
         kind = message.envelope["type"]
         stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
-            meta = messages.reduce(message.meta)
-            self._intake.put(meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", messages.encode(kind, meta)))
+            self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", message.text))
         elif self._intake.overloaded:
             stats.unpublished["overload"] += 1
-        elif isinstance(message, SessionMessage):
-            self._feeds.session(message)
-        elif isinstance(message, Metadata):
-            self._feeds.metadata(message)
+        elif isinstance(message, (SessionMessage, Metadata)):
+            if not self._feeds.has_room(len(_data)):
+                stats.unpublished["overload"] += 1
+            elif isinstance(message, SessionMessage):
+                self._feeds.session(message, _data if isinstance(_data, bytes) else _data.encode())
+            else:
+                self._feeds.metadata(message)
 
     @ocs_agent.param("test_mode", default=False, type=bool)  # type: ignore[untyped-decorator]
     def run(self, session: Any, params: dict[str, Any] | None = None) -> tuple[bool, str]:
@@ -255,7 +260,8 @@ class PysmurfMonitor(DatagramProtocol):
                            'last_time': 1700000000.2},
                  'queue': {'depth': 0, 'oldest': 0.0},
                  'log': {'dropped': 0},
-                 'database': {'write': 0.003, 'write_max': 0.02, 'errors': 0},
+                 'database': {'write': 0.003, 'write_max': 0.02, 'errors': 0, 'corrected': 0,
+                              'file_missing': 0},
                  'spool': {'bytes': 12345, 'max_bytes': 1073741824},
                  'streams': {'crate1slot2': {'files_today': 12, 'last_file': 1700000000.1,
                                              'last_metadata': 1700000000.4}},
@@ -276,7 +282,9 @@ class PysmurfMonitor(DatagramProtocol):
             Of the ``files``, ``received`` always equals ``registered`` + ``pending`` + ``waiting`` + ``dead`` +
             ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more. The
             ``queue`` holds the pending ones; its ``oldest`` is an age in seconds. ``database`` tells the seconds
-            that the last commit took, and the longest of the last minute. ``log`` counts the lines of the log that
+            that the last commit took, and the longest of the last minute; ``corrected`` counts rows that SupRsync
+            could not finish and that were given the present content of their files, ``file_missing`` is the number of
+            rows that it can never finish because their files are gone. ``log`` counts the lines of the log that
             were dropped, because nobody read the agent's standard output. ``streams`` are the latest 50, with the
             files of this day (UTC), and ``problems`` the latest 20.
         """
@@ -290,7 +298,12 @@ class PysmurfMonitor(DatagramProtocol):
                 self._take_all()
                 self._registrar.run(once=True)
             else:
-                self._run_for_ever()
+                caretaker = self._make_caretaker()
+                caretaker.start()
+                try:
+                    self._run_for_ever()
+                finally:
+                    caretaker.stop()
         finally:
             with self._ending:
                 self._ended = session

@@ -22,6 +22,8 @@ TIMESTREAMS = "timestreams"
 _NPY = ".npy"
 # Longest file name that Linux file systems take, in bytes.
 _NAME_MAX = 255
+# Bytes of a path that Linux takes, with the NUL at its end.
+_PATH_MAX = 4096
 # SupRsync passes remote paths to a shell of the archive host (`ssh host md5sum ...`), and splits the output of md5sum
 # at white space. Letters, marks, digits (Unicode categories L, M and N) and these characters mean nothing to either.
 _HARMLESS = "._-+=@,:%"
@@ -85,7 +87,7 @@ def _remote_path(meta: Meta, archive_name: str, path: str) -> str:
         action, action_ts = meta.get("action"), meta.get("action_ts")
         if action in (".", "..") or action_ts in (".", ".."):
             raise ArchiveError(f"{action!r} of action {action_ts!r} is not a safe path component")
-        if meta.get("timestamp") is None:  # a g3_file message need not have one
+        if "timestamp" not in meta:  # a g3_file message need not have one
             raise ArchiveError("no timestamp, which the archive smurf needs")
         parts = [
             str(meta["timestamp"])[:5],
@@ -160,13 +162,25 @@ def candidates(meta: Meta) -> Iterator[Entry]:
         ArchiveError: If the registration can never become a row.
     """
     path = collapse(meta["path"])
+    for field in ("archive_name", "timestamp", "action", "action_ts"):
+        if isinstance(meta.get(field), (list, dict)):
+            raise ArchiveError(f"{field} is a {type(meta[field]).__name__}: expected text or a number")
     if not path.startswith("/"):
         raise ArchiveError(f"path {path!r} is not absolute: only its sender knows where that is")
     archive_name = meta.get("archive_name", SMURF)
     paths: tuple[str, ...] = (path,)
-    name = path.rpartition("/")[2]
-    if archive_name == SMURF and not name.endswith(_NPY) and len((name + _NPY).encode(errors="replace")) <= _NAME_MAX:
-        paths = (path + _NPY, path) if meta.get("format") in ("npy", "npyt") else (path, path + _NPY)
-    for local_path in paths:
-        remote_path = _remote_path(meta, archive_name, local_path)
-        yield Entry(archive_name, local_path, remote_path, is_deletable(local_path, archive_name))
+    try:
+        path.encode()
+        if archive_name == SMURF and not path.endswith(_NPY) and _may_exist(path + _NPY):
+            paths = (path + _NPY, path) if meta.get("format") in ("npy", "npyt") else (path, path + _NPY)
+        for local_path in paths:
+            remote_path = _remote_path(meta, archive_name, local_path)
+            yield Entry(archive_name, local_path, remote_path, is_deletable(local_path, archive_name))
+    except UnicodeEncodeError as error:
+        raise ArchiveError(f"{error.object!r} is not valid Unicode: it has half of a surrogate pair") from None
+
+
+def _may_exist(path: str) -> bool:
+    """Whether Linux allows a file of this path at all: its name and it are not too long."""
+    encoded = path.encode()
+    return len(encoded) < _PATH_MAX and len(encoded.rpartition(b"/")[2]) <= _NAME_MAX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ class Scan:
         db_path: The SupRsync database.
         report: Called now and then with `progress`.
         clock: Gives unix time.
+        stopped: Asked at every file; once it says so, the iteration ends.
 
     Attributes:
         seen (int): Number of files looked at so far, without those still being written.
@@ -41,11 +43,13 @@ class Scan:
         db_path: str,
         report: Callable[[dict[str, Any]], None],
         clock: Callable[[], float] = time.time,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._root = os.path.abspath(root)
         self._db_path = db_path
         self._report = report
         self._clock = clock
+        self._stopped = stopped
         self._paths: list[str] = []
         self.seen = 0
         self.unregistered = 0
@@ -74,15 +78,23 @@ class Scan:
 
     def _files(self) -> Iterator[str]:
         newest = self._clock() - QUIET_S
-        for timecode in _sorted_entries(self._root):
+        for timecode in self._entries(self._root):
             if len(timecode.name) == 5 and timecode.name.isdigit() and timecode.is_dir():
-                for stream in _sorted_entries(timecode.path):
+                for stream in self._entries(timecode.path):
                     if stream.is_dir():
-                        for file in _sorted_entries(stream.path):
+                        for file in self._entries(stream.path):
                             if file.name.endswith(".g3") and file.is_file() and file.stat().st_mtime < newest:
                                 yield file.path
 
+    def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        """Entries of a folder in the order of their names, until it is stopped."""
+        with os.scandir(folder) as entries:
+            found = sorted(itertools.takewhile(lambda _: not self._stopped(), entries), key=lambda entry: entry.name)
+        return itertools.takewhile(lambda _: not self._stopped(), found)
+
     def _unknown(self, database: Database, paths: list[str]) -> Iterator[str]:
+        if self._stopped():
+            return
         known = database.rows(paths)
         self.seen += len(paths)
         for path in paths:
@@ -98,8 +110,3 @@ def registration_of(path: str) -> tuple[dict[str, Any], Incoming]:
     """What registers a timestream file, as if its datagram had arrived."""
     meta = {"path": path, "archive_name": archive.TIMESTREAMS, "pub_id": _SENDER}
     return meta, Incoming(time.time(), _SENDER, messages.encode_file(meta))
-
-
-def _sorted_entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 Value: TypeAlias = str | int | float | bool
@@ -20,6 +21,19 @@ MAX_STREAMS = 64
 MAX_FIELDS = 2000
 MAX_STREAM_ID = 100
 MAX_PATH = 512
+
+# When there are `MAX_STREAMS`, a new stream replaces the one that has been silent longest. A stream that has sent
+# PROVEN_MESSAGES is replaced only after IDLE_S seconds of silence. At most MAX_PROVEN streams have this privilege, so
+# that there is always a place for a new one.
+PROVEN_MESSAGES = 10
+IDLE_S = 60.0
+MAX_PROVEN = 48
+
+# Readers keep what they see of every feed, so the rate of replacements is limited: REPLACE_BURST at once, then one a
+# second. Half of the burst is reserved for streams that were turned away before and send again: a flood of new ids does
+# not repeat itself. The last MAX_TURNED_AWAY ids are remembered.
+REPLACE_BURST = 64
+MAX_TURNED_AWAY = 10_000
 
 # What a feed's address (WAMP) and a tag's value (InfluxDB) take unchanged. A point would make a feed that nobody hears:
 # the readers subscribe to addresses of just four components.
@@ -35,8 +49,18 @@ _TIME_MAX = 2**63 / 1e9
 _INT_MAX = 2**63 - 1
 _EXACT_FLOAT = 2**53
 
-# A quote or a newline ends a line protocol's string, a backslash may hide the quote that does.
-_UNSAFE = str.maketrans({'"': "'", "\\": "/", **{chr(code): " " for code in (*range(32), 127)}})
+# A quote or a newline ends a line protocol's string, a backslash may hide the quote that does. A lone surrogate has no
+# UTF-8, so that nothing at all of a buffer with one in it could be published.
+_UNSAFE = str.maketrans(
+    {
+        **{'"': "'", "\\": "/"},
+        **{chr(code): " " for code in (*range(32), 127)},
+        **{chr(code): "\ufffd" for code in range(0xD800, 0xE000)},
+    }
+)
+
+# The types that a field of a type changes to as soon as it has such a value.
+_WIDER: Mapping[type[Value], tuple[type[Value], ...]] = {bool: (int, float), int: (float,)}
 
 
 class FieldError(ValueError):
@@ -48,19 +72,35 @@ class FieldError(ValueError):
 
 
 class Streams:
-    """The fields of all streams, as they were first seen.
+    """The fields of the streams that send, and their types.
 
     Args:
         name_rule: OCS's rule for field names: makes a valid one of any path, if it can.
-        report: Called with a line for a person, at most once a field.
+        report: Called with a line for a person, a few times a field at most.
+        forget: Called with the id of a stream that is replaced, before its successor has any field.
+        widened: Called with a field and its new type, before the first value of that type is returned.
+        monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
-    def __init__(self, name_rule: Callable[[str], str], report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name_rule: Callable[[str], str],
+        report: Callable[[str], None],
+        forget: Callable[[str], None],
+        widened: Callable[[str, type[Value]], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name_rule = name_rule
         self._report = report
-        self._streams: dict[str, dict[str, _Field]] = {}
+        self._forget = forget
+        self._widened = widened
+        self._monotonic = monotonic
+        self._streams: dict[str, _Stream] = {}  # the one that sent last is last
         # by field, whatever the stream: in InfluxDB an agent's streams share a measurement, and so the types of fields
-        self._kinds: dict[str, type] = {}
+        self._kinds: dict[str, _Kind] = {}
+        self._replaceable = float(REPLACE_BURST)
+        self._replaced_at = monotonic()
+        self._turned_away: dict[str, None] = {}
 
     def field(self, stream_id: str, path: str, value: object, time: float) -> tuple[str, Value]:
         """Return name and value of the field that a register is published as.
@@ -77,34 +117,75 @@ class Streams:
         if not 0 <= time < _TIME_MAX:
             raise FieldError("time out of range")
         safe = _safe(value)
-        field = self._field(stream_id, path)
-        kind = self._kinds.setdefault(field.name, type(safe))
+        field = self._field(self._stream(stream_id), stream_id, path, type(safe))
+        kind = field.kind
+        if type(safe) in _WIDER.get(kind.type, ()):
+            self._report(
+                f"metadata {path!r} of stream {stream_id} was {kind.type.__name__} and now is {type(safe).__name__}:"
+                " published as that from now on, for all streams"
+            )
+            kind.type = type(safe)
+            self._widened(field.name, kind.type)
         try:
-            return field.name, convert(safe, kind)
+            return field.name, convert(safe, kind.type)
         except FieldError:
             if not field.complained:
                 field.complained = True
                 self._report(
-                    f"metadata {path!r} of stream {stream_id} was {kind.__name__} and now is"
+                    f"metadata {path!r} of stream {stream_id} was {kind.type.__name__} and now is"
                     f" {type(safe).__name__}: such values are dropped and counted, since readers cannot take both"
                 )
             raise
 
-    def _field(self, stream_id: str, path: str) -> _Field:
-        fields = self._streams.get(stream_id)
-        if fields is None:
+    def _stream(self, stream_id: str) -> _Stream:
+        now = self._monotonic()
+        stream = self._streams.pop(stream_id, None)
+        if stream is None:
             if len(stream_id) > MAX_STREAM_ID or not _STREAM_ID.fullmatch(stream_id):
                 raise FieldError("stream id that is no name for a feed")
             if len(self._streams) >= MAX_STREAMS:
-                raise FieldError(f"more than {MAX_STREAMS} streams")
-            fields = self._streams[stream_id] = {}
-        field = fields.get(path)
+                self._replace_one(stream_id, now)
+            stream = _Stream()
+        self._streams[stream_id] = stream
+        stream.last = now
+        stream.messages += 1
+        if stream.messages >= PROVEN_MESSAGES and not stream.proven:
+            stream.proven = sum(other.proven for other in self._streams.values()) < MAX_PROVEN
+        return stream
+
+    def _replace_one(self, newcomer: str, now: float) -> None:
+        """Forget the stream that has been silent longest of those that may be replaced.
+
+        Raises:
+            FieldError: If too many were replaced lately.
+        """
+        self._replaceable = min(REPLACE_BURST, self._replaceable + now - self._replaced_at)
+        self._replaced_at = now
+        reserved = 0 if newcomer in self._turned_away else REPLACE_BURST // 2
+        if self._replaceable < reserved + 1:
+            self._turned_away[newcomer] = None
+            if len(self._turned_away) > MAX_TURNED_AWAY:
+                del self._turned_away[next(iter(self._turned_away))]
+            raise FieldError(f"more than {MAX_STREAMS} streams")
+        self._replaceable -= 1
+        self._turned_away.pop(newcomer, None)
+        silent = (id_ for id_, stream in self._streams.items() if not stream.proven or now - stream.last >= IDLE_S)
+        replaced = next(silent)  # there is one, since not all can be proven
+        for field in self._streams.pop(replaced).fields.values():
+            field.kind.fields -= 1
+            if not field.kind.fields:
+                del self._kinds[field.name]
+        self._forget(replaced)
+
+    def _field(self, stream: _Stream, stream_id: str, path: str, kind: type[Value]) -> _Field:
+        field = stream.fields.get(path)
         if field is None:
             if len(path) > MAX_PATH:
                 raise FieldError(f"path of more than {MAX_PATH} characters")
-            if len(fields) >= MAX_FIELDS:
+            if len(stream.fields) >= MAX_FIELDS:
                 raise FieldError(f"more than {MAX_FIELDS} fields in a stream")
-            field = fields[path] = _Field(self._name(stream_id, path, {known.name for known in fields.values()}))
+            name = self._name(stream_id, path, {known.name for known in stream.fields.values()})
+            field = stream.fields[path] = _Field(name, self._kinds.setdefault(name, _Kind(kind)))
         return field
 
     def _name(self, stream_id: str, path: str, taken: set[str]) -> str:
@@ -112,24 +193,49 @@ class Streams:
         if not _FIELD.fullmatch(name):
             raise FieldError("path that makes no field name")
         if name in taken or name in _RESERVED:
-            digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+            digest = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:8]
             name = f"{name[: _FIELD_MAX - 9]}_{digest}"
             self._report(f"metadata {path!r} of stream {stream_id}: its field name is taken, published as {name}")
         return name
 
 
-class _Field:
-    __slots__ = ("complained", "name")
+class _Stream:
+    __slots__ = ("fields", "last", "messages", "proven")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
+        self.fields: dict[str, _Field] = {}  # by path
+        self.last = 0.0
+        self.messages = 0
+        self.proven = False
+
+
+class _Kind:
+    """The type of a field, and in how many streams it is a field."""
+
+    __slots__ = ("fields", "type")
+
+    def __init__(self, kind: type[Value]) -> None:
+        self.fields = 0
+        self.type = kind
+
+
+class _Field:
+    __slots__ = ("complained", "kind", "name")
+
+    def __init__(self, name: str, kind: _Kind) -> None:
         self.name = name
+        self.kind = kind
         self.complained = False
+        kind.fields += 1
 
 
 def _safe(value: object) -> Value:
     """Make a field's value of anything that JSON can hold."""
     if isinstance(value, (list, dict)):
-        value = json.dumps(value, separators=(",", ":"))
+        try:
+            value = json.dumps(value, separators=(",", ":"))
+        except RecursionError:
+            raise FieldError("nested too deeply") from None
     if isinstance(value, str):
         return value.translate(_UNSAFE)
     if value is None:

@@ -8,10 +8,9 @@ send it. Pure: knows no socket, reactor, clock or OCS. Whatever arrives, `parse`
 from __future__ import annotations
 
 import json
-import re
-from typing import Any, NamedTuple, NotRequired, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import ConfigDict, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StrictStr, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
@@ -39,18 +38,21 @@ class MessageError(Exception):
 class DataFile(NamedTuple):
     """A ``data_file`` message: pysmurf wrote an ancillary file.
 
-    `meta` is the payload with the publisher's id added as ``pub_id``, as it goes to ``file_queue``.
+    `meta` is the payload with the publisher's id added as ``pub_id``, as it goes to ``file_queue``. `text` is what goes
+    into the spool: a datagram that has the same `meta`.
     """
 
     envelope: JSON
     meta: JSON
+    text: str
 
 
 class G3File(NamedTuple):
-    """A ``g3_file`` message: the streamer closed a timestream file. `meta` as in `DataFile`."""
+    """A ``g3_file`` message: the streamer closed a timestream file. `meta` and `text` as in `DataFile`."""
 
     envelope: JSON
     meta: JSON
+    text: str
 
 
 class SessionMessage(NamedTuple):
@@ -88,16 +90,6 @@ class _Envelope(TypedDict):
     payload: Any
 
 
-class _FilePayload(TypedDict):
-    __pydantic_config__ = _AS_IT_CAME  # type: ignore[misc]
-    path: StrictStr
-    archive_name: NotRequired[StrictStr]
-    format: NotRequired[StrictStr | None]
-    timestamp: NotRequired[StrictFloat | StrictInt | StrictStr]
-    action: NotRequired[StrictStr | None]
-    action_ts: NotRequired[StrictStr | StrictInt | None]
-
-
 class _MetadataPayload(TypedDict):
     __pydantic_config__ = _AS_IT_CAME  # type: ignore[misc]
     path: StrictStr
@@ -107,22 +99,26 @@ class _MetadataPayload(TypedDict):
 # What is kept of a registration: fields, and characters of a string. pysmurf sends nine fields, the longest a path.
 MAX_FIELDS = 32
 MAX_STRING = 1024
-_SCALARS = (int, float, type(None))
-_KEPT = ("path", "pub_id", *_FilePayload.__annotations__, "plot")
+
+# The fields that make a row. One that is a list or an object stays, empty, so that the registration is refused for it.
+_OF_ROW = ("path", "archive_name", "format", "timestamp", "action", "action_ts", "plot")
+
+# Bytes of a datagram that is stored as it came; a longer one is reduced first.
+_SHORT = 2048
 
 _validate_envelope = TypeAdapter(_Envelope).validator.validate_python
-_validate_file = TypeAdapter(_FilePayload).validator.validate_python
 _validate_metadata = TypeAdapter(_MetadataPayload).validator.validate_python
 
-# Numbers as a sender's str(timestamp) may give them; the first five characters name a folder.
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 def parse(datagram: bytes | str) -> Message:
     """Parse one datagram.
 
     Args:
-        datagram: What arrived: UTF-8 JSON of one object with at least ``id``, ``type`` and ``payload``.
+        datagram: What arrived: UTF-8 JSON of one object with at least ``id``, ``type`` and ``payload``. The messages
+            that register a file only need ``type`` and the payload's ``path``: whether the rest is fit for the archive
+            is found out later, and what is not becomes a dead letter.
 
     Returns:
         The message, by its ``type``. Types that are not known are `Ignored`, since a newer publisher may
@@ -133,22 +129,34 @@ def parse(datagram: bytes | str) -> Message:
     """
     if not datagram:
         raise MessageError("empty")
+    text = None
     try:
         envelope = from_json(datagram)
+        text = datagram if isinstance(datagram, str) else datagram.decode()
+    except (ValueError, TypeError):  # the latter for text that is no Unicode
+        envelope = _leniently(datagram)
+    kind = envelope.get("type") if isinstance(envelope, dict) else None
+    if isinstance(kind, str) and kind in FILE_TYPES:
+        return _file(envelope, kind, text)
+    try:
         _validate_envelope(envelope)
-        kind = envelope["type"]
-        if kind in FILE_TYPES:
-            return _file(envelope, kind)
         if kind in SESSION_TYPES:
             return _session(envelope, kind)
         if kind == "metadata":
             return _metadata(envelope)
-    except ValidationError as error:  # before ValueError, whose subclass it is
+    except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise MessageError("wrong or missing field", f"{_where(first['loc'])}: {first['msg']}") from None
-    except (ValueError, TypeError) as error:  # the latter for text that is no Unicode
-        raise MessageError("not JSON", str(error)) from None
     return Ignored(envelope)
+
+
+def _leniently(datagram: bytes | str) -> Any:
+    """Read JSON as Python's own parser does: with a byte order mark, lone surrogates, and nested more deeply."""
+    try:
+        text = datagram if isinstance(datagram, str) else datagram.decode(errors="surrogatepass")
+        return json.loads(text.removeprefix(_BYTE_ORDER_MARK))
+    except (ValueError, RecursionError) as error:
+        raise MessageError("not JSON", str(error)) from None
 
 
 def parse_file(datagram: bytes | str) -> DataFile | G3File:
@@ -159,28 +167,8 @@ def parse_file(datagram: bytes | str) -> DataFile | G3File:
     return message
 
 
-def reduce(meta: JSON) -> JSON:
-    """Return what is kept of a registration's metadata, so that no sender can fill the memory.
-
-    These are the path, whole, and up to `MAX_FIELDS` scalars, strings of up to `MAX_STRING` characters.
-    """
-    kept = {
-        key: value
-        for key, value in meta.items()
-        if key == "path" or isinstance(value, _SCALARS) or (isinstance(value, str) and len(value) <= MAX_STRING)
-    }
-    if len(kept) > MAX_FIELDS:
-        kept = {key: kept[key] for key in (*_KEPT, *kept)[:MAX_FIELDS] if key in kept}
-    return kept
-
-
-def encode(kind: str, meta: JSON) -> str:
-    """Return a datagram of type `kind` that brings reduced metadata, as JSON text."""
-    return json.dumps({"id": meta["pub_id"], "type": kind, "payload": meta})
-
-
 def encode_file(meta: JSON) -> str:
-    """Return the datagram that would have brought `meta` (a payload with ``pub_id``), as JSON text.
+    """Return a datagram that brings `meta` (a payload with ``pub_id``), as JSON text.
 
     Raises:
         MessageError: If there is none.
@@ -190,17 +178,16 @@ def encode_file(meta: JSON) -> str:
     kind = "g3_file" if meta.get("archive_name") == "timestreams" else "data_file"
     try:
         text = json.dumps({"id": meta.get("pub_id"), "type": kind, "payload": meta})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise MessageError("no registration", str(error)) from None
-    parse_file(text)
-    return text
+    return parse_file(text).text
 
 
 def envelope_of(datagram: bytes | str) -> JSON:
     """Return the envelope of a datagram whose payload `parse` refused; empty where there is none."""
     try:
-        envelope = from_json(datagram)
-    except (ValueError, TypeError):
+        envelope = _leniently(datagram)
+    except MessageError:
         return {}
     return envelope if isinstance(envelope, dict) else {}
 
@@ -217,16 +204,41 @@ def brief(text: str, most: int = 300) -> str:
     return shown if len(shown) <= most else f"{shown[: most // 2 - 5]} ... {shown[-most // 2 :]}"
 
 
-def _file(envelope: JSON, kind: str) -> DataFile | G3File:
-    meta = _validate_file(envelope["payload"])
-    if "\0" in meta["path"] or not meta["path"]:
-        raise MessageError("wrong or missing field", "payload.path: empty or with a NUL character")
-    meta["pub_id"] = envelope["id"]
-    if kind == "g3_file":
-        return G3File(envelope, meta)
-    if not _is_time(meta.get("timestamp")):
-        raise MessageError("wrong or missing field", "payload.timestamp: not a time in unix seconds")
-    return DataFile(envelope, meta)
+def _file(envelope: JSON, kind: str, text: str | None) -> DataFile | G3File:
+    """Return the message of a registration; without its `text`, what cannot be stored or read again is left out."""
+    payload = envelope.get("payload")
+    if not isinstance(payload, dict):
+        raise MessageError("wrong or missing field", "payload: not an object")
+    path = payload.get("path")
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise MessageError("wrong or missing field", "payload.path: not a path")
+    id_ = envelope.get("id")
+    if not isinstance(id_, str):
+        id_ = str(id_) if isinstance(id_, (int, float)) else ""
+    payload = _reduced(payload)
+    if text is None or len(text) > _SHORT:
+        text = json.dumps({"id": id_[:MAX_STRING], "type": kind, "payload": payload})
+    meta = {**payload, "pub_id": id_[:MAX_STRING]}
+    return G3File(envelope, meta, text) if kind == "g3_file" else DataFile(envelope, meta, text)
+
+
+def _reduced(payload: JSON) -> JSON:
+    """Return what is kept of a registration's payload, so that no sender can fill the memory.
+
+    These are the path, whole, and up to `MAX_FIELDS` scalars, strings of up to `MAX_STRING` characters.
+    """
+    kept: JSON = {}
+    for key, value in payload.items():
+        if isinstance(value, str):
+            kept[key] = value if key == "path" or len(value) <= MAX_STRING else value[:MAX_STRING]
+        elif not isinstance(value, (list, dict)):
+            kept[key] = value
+        elif key in _OF_ROW:
+            kept[key] = type(value)()
+    if len(kept) <= MAX_FIELDS:
+        return kept
+    first = (*_OF_ROW, *(key[:MAX_STRING] for key in kept))
+    return {key: kept[key] for key in first[:MAX_FIELDS] if key in kept}
 
 
 def _session(envelope: JSON, kind: str) -> SessionMessage:
@@ -239,15 +251,9 @@ def _session(envelope: JSON, kind: str) -> SessionMessage:
 def _metadata(envelope: JSON) -> Metadata:
     payload = _validate_metadata(envelope["payload"])
     sent = envelope.get("time")
-    if not isinstance(sent, (int, float)) or not _is_time(sent):
+    if not isinstance(sent, (int, float)) or not abs(sent) < 1e12:  # no NaN is below anything
         raise MessageError("wrong or missing field", "time: not a time in unix seconds")
     return Metadata(envelope, stream_of(envelope["id"]), payload["path"], payload["value"], float(sent))
-
-
-def _is_time(value: object) -> bool:
-    if isinstance(value, str):
-        return len(value) <= 64 and _NUMBER.fullmatch(value) is not None
-    return isinstance(value, (int, float)) and abs(value) < 1e12  # no NaN is below anything
 
 
 def _where(location: tuple[int | str, ...]) -> str:

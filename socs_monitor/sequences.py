@@ -15,8 +15,9 @@ from socs_monitor.messages import brief
 # Seconds for which a missing message may still come before it is a loss: datagrams can overtake each other.
 GRACE_S = 1.0
 
-# A jump of more than this is no loss but another sequence: nobody loses a million messages at once.
-MAX_JUMP = 1_000_000
+# A larger jump is not a loss but another sequence: a real sender needs minutes for so many messages, and anybody can
+# forge one datagram.
+MAX_JUMP = 10_000
 
 # A sender that starts anew is told by the time in its messages. Where they have none, by a number this far back.
 REPEAT_WINDOW = 1000

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from ocs import ocs_agent
+from twisted.internet.defer import Deferred, succeed
 
 from socs_monitor.backfill import Scan, registration_of
 from socs_monitor.registration.registrar import Registrar
@@ -14,7 +16,13 @@ from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
 from socs_monitor.stats import Stats
-from socs_monitor.suprsync.database import DatabaseUnavailableError
+
+# Bytes that a backfill may have in memory on their way into the spool: they are written before the process ends.
+_UNWRITTEN_MAX = 1 << 20
+
+# Seconds between two looks at whether a backfill has ended or has been aborted, and for which an aborted one may go on.
+_POLL_S = 0.1
+_ABORT_S = 1.0
 
 
 class Tasks:
@@ -34,6 +42,7 @@ class Tasks:
         self._registrar = registrar
         self._stats = stats
         self._db_path = db_path
+        self._aborted: dict[int, threading.Event] = {}  # by session id of a backfill
 
     def register(self, agent: Any) -> None:
         """Register the tasks with an OCSAgent."""
@@ -42,7 +51,13 @@ class Tasks:
         agent.register_task("list_failed", self.list_failed)
         agent.register_task("retry_failed", self.retry_failed, min_privs=2 if guarded else 1)
         agent.register_task("discard_failed", self.discard_failed, min_privs=3 if guarded else 1)
-        agent.register_task("backfill", self.backfill, min_privs=2 if guarded else 1)
+        agent.register_task(
+            "backfill",
+            self.backfill,
+            aborter=self._abort_backfill,
+            aborter_blocking=False,
+            min_privs=2 if guarded else 1,
+        )
 
     @ocs_agent.param("limit", default=100, type=int, check=lambda limit: 0 < limit <= 100)  # type: ignore[untyped-decorator]
     def list_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
@@ -82,15 +97,25 @@ class Tasks:
         return self._revise("tried again", self._registrar.retry, params["ids"])
 
     @ocs_agent.param("ids", default=None)  # type: ignore[untyped-decorator]
+    @ocs_agent.param("all", default=False, type=bool)  # type: ignore[untyped-decorator]
     def discard_failed(self, session: Any, params: dict[str, Any]) -> tuple[bool, str]:
-        """discard_failed(ids=None)
+        """discard_failed(ids=None, all=False)
 
         **Task** - Forget dead letters for good. Their files stay where they are, and nobody will copy them.
 
+        It needs either ``ids`` or ``all``. Without them it discards nothing.
+
         Parameters:
-            ids (list of int, optional): Which ones, by the ids of `list_failed`. Default is all.
+            ids (list of int, optional): Which ones, by the ids of `list_failed`.
+            all (bool, optional): Discard all of them. Default is False.
         """
-        return self._revise("discarded", self._spool.discard, params["ids"])
+        ids = params["ids"]
+        if bool(ids) == params["all"]:
+            return (
+                False,
+                "Discarded nothing. Name the dead letters, e.g. ids=[17], or pass all=True to discard them all.",
+            )
+        return self._revise("discarded", self._spool.discard, None if params["all"] else ids)
 
     def _revise(
         self, what: str, operation: Callable[[list[int] | None], int], ids: list[int] | None
@@ -114,7 +139,8 @@ class Tasks:
         **Task** - Register timestream files that no row names: the agent was down, or a datagram was lost.
 
         Files that changed within the last two minutes are left alone, since the streamer may still write them.
-        May be repeated at will.
+        It may be repeated at any time, and aborted: what it has registered until then stays registered. A stop of the
+        agent aborts it.
 
         Parameters:
             root (str): Folder of the timestreams, e.g. ``/data/so/timestreams``.
@@ -133,15 +159,41 @@ class Tasks:
         def show(progress: dict[str, Any]) -> None:
             session.data = {**progress, "dry_run": dry_run}
 
-        scan = Scan(root, self._db_path, show)
-        try:
-            for path in scan:
-                if not dry_run:
-                    self._intake.put(*registration_of(path))
-                    self._intake.commit()
-        except (OSError, DatabaseUnavailableError) as error:
-            return False, f"backfill of {root}: {error}"
-        verb = "would be" if dry_run else "are being"
-        message = f"{scan.seen} timestream files seen, {scan.unregistered} {verb} registered."
+        aborted = self._aborted.setdefault(session.session_id, threading.Event())
+        scan = Scan(root, self._db_path, show, stopped=aborted.is_set)
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                for path in scan:
+                    while self._intake.unwritten > _UNWRITTEN_MAX and not aborted.wait(_POLL_S):
+                        pass
+                    if not dry_run and not aborted.is_set():
+                        self._intake.put(*registration_of(path))
+                        self._intake.commit()
+            except Exception as error:  # noqa: BLE001 (it is told below, where the Task ends)
+                errors.append(error)
+
+        # a thread that nobody waits for, since a disk that hangs would otherwise keep the process from ending
+        thread = threading.Thread(target=work, name="backfill", daemon=True)
+        thread.start()
+        while thread.is_alive() and not aborted.is_set():
+            thread.join(_POLL_S)
+        thread.join(_ABORT_S)
+        del self._aborted[session.session_id]
+        found = f"{scan.seen} timestream files seen, {scan.unregistered}"
+        if errors:
+            return False, f"backfill of {root}: {errors[0]}"
+        if aborted.is_set():
+            succeeded, message = False, f"aborted: {found} of them in no row."
+        else:
+            succeeded, message = True, f"{found} {'would be' if dry_run else 'are being'} registered."
         self._stats.log("info", "backfill", f"backfill: {message}", root=root)
-        return True, message
+        return succeeded, message
+
+    def _abort_backfill(self, session: Any, params: Any = None) -> Deferred[tuple[bool, str]]:
+        """Let a backfill end. Runs in the reactor, so that it waits for no thread."""
+        self._aborted.setdefault(session.session_id, threading.Event()).set()
+        if session.status == "running":  # before that OCS allows no other status than this
+            session.set_status("stopping")
+        return succeed((True, "Aborting the backfill."))

@@ -82,3 +82,107 @@ def server_root() -> Iterator[Path]:
         yield root
     finally:
         shutil.rmtree(root)
+
+
+# Runs scripts of `tests.suprsync_model.run_script` with the published code: the same steps, at the same places. Reads
+# [folder, scripts] as JSON from standard input and prints the results as JSON.
+_SCRIPTS = """
+import contextlib, hashlib, json, os, subprocess, sys
+from pathlib import Path
+from sqlalchemy import event, exc
+import socs.db.suprsync as published
+import txaio
+
+txaio.use_twisted()
+BASE = "/base"
+state = {}
+
+
+def until_step():
+    for step in state["script"]:
+        if step[0] == "step":
+            return
+        state["outside"](step)
+
+
+def run(command, **_):
+    until_step()
+    if command[0] == "rsync":
+        root, failed = command[-2], False
+        for folder, _, names in os.walk(root):
+            for name in names:
+                path = os.path.join(folder, name)
+                try:
+                    content = Path(path).read_bytes()
+                except FileNotFoundError:
+                    failed = True
+                else:
+                    state["archive"][os.path.relpath(path, root)] = content
+        if failed:
+            raise subprocess.CalledProcessError(23, command)
+        return subprocess.CompletedProcess(command, 0)
+    assert command[0] == "md5sum"
+    sums = [(hashlib.md5(state["archive"][os.path.relpath(path, BASE)]).hexdigest(), path) for path in command[1:]]
+    return subprocess.CompletedProcess(command, 0, "".join(f"{s}  {path}\\n" for s, path in sums).encode(), b"")
+
+
+def noting(method):
+    def noted(*args, **kwargs):
+        files = method(*args, **kwargs)
+        if files:
+            state["open"] = True
+            until_step()
+        return files
+    return noted
+
+
+published.subprocess.run = run
+published.SupRsyncFilesManager.get_copyable_files = noting(published.SupRsyncFilesManager.get_copyable_files)
+published.SupRsyncFilesManager.get_deletable_files = noting(published.SupRsyncFilesManager.get_deletable_files)
+
+
+def before_commit(session):
+    if state["open"]:
+        state["open"] = False
+        until_step()
+
+
+folder, scripts = json.load(sys.stdin)
+results = []
+sys.path.insert(0, os.getcwd())
+from tests.suprsync_script import Outside
+for number, script in enumerate(scripts):
+    place = Path(folder, str(number))
+    place.mkdir()
+    manager = published.SupRsyncFilesManager(str(place / "suprsync.db"))
+    event.listen(manager._engine, "connect", lambda db, _: db.execute("PRAGMA busy_timeout = 0"))
+    manager._engine.dispose()
+    event.listen(manager.Session, "before_commit", before_commit)
+    handler = published.SupRsyncFileHandler(manager, "smurf", BASE)
+    outside = Outside(place)
+    state.update(script=iter(script), archive={}, open=False, outside=outside)
+    for step in state["script"]:
+        with contextlib.suppress(subprocess.CalledProcessError, exc.OperationalError):
+            if step[0] == "copy":
+                handler.copy_files(max_copy_attempts=5)
+            elif step[0] == "delete":
+                handler.delete_files(0.0)
+            elif step[0] != "step":
+                outside(step)
+        state["open"] = False
+    results.append(outside.result(state["archive"]))
+    manager._engine.dispose()
+json.dump(results, sys.stdout)
+"""
+
+
+def run_scripts(folder: Path, scripts: list[list[Any]]) -> list[Any]:
+    """Run scripts of `tests.suprsync_script` with the published SupRsync, and return the result of each."""
+    python = require(PEER_BIN / "python")
+    program = _SCRIPTS
+    done = subprocess.run(
+        [python, "-c", program], input=json.dumps([str(folder), scripts]), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    results: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return results

@@ -21,7 +21,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
         "Register timestream files that no row names, because the agent was down or a datagram was lost. Files that"
-        " changed within the last two minutes are left alone. May be repeated at will."
+        " changed within the last two minutes are left alone. It may be repeated at any time; Ctrl-C aborts it."
     )
     add_agent_arguments(parser)
     parser.add_argument("root", metavar="ROOT", help="folder of the timestreams, e.g. /data/so/timestreams")
@@ -60,9 +60,13 @@ def _backfill(args: argparse.Namespace) -> None:
 
 def _backfill_by_agent(agent: Any, args: argparse.Namespace, show: Any) -> dict[str, Any]:
     reply = agent.backfill.start(root=os.path.abspath(args.root), dry_run=args.dry_run)
-    while reply.session.get("status") not in (None, "done"):
-        reply = agent.backfill.wait(timeout=_POLL_S)
-        if reply.session["data"]:
-            show(reply.session["data"])
+    try:
+        while reply.session.get("status") not in (None, "done"):
+            reply = agent.backfill.wait(timeout=_POLL_S)
+            if reply.session["data"]:
+                show(reply.session["data"])
+    except KeyboardInterrupt:
+        agent.backfill.abort()
+        raise
     data: dict[str, Any] = client.done(reply).session["data"]
     return data

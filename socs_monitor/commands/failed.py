@@ -29,8 +29,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=help_, description=help_.capitalize() + ".")
         add_agent_arguments(action)
-        if name != "list":
+        if name == "retry":
             action.add_argument("ids", nargs="*", type=int, metavar="ID", help="which ones; default: all")
+        elif name == "discard":
+            which = action.add_mutually_exclusive_group(required=True)
+            which.add_argument("ids", nargs="*", default=[], type=int, metavar="ID", help="which ones")
+            which.add_argument("--all", action="store_true", help="all of them")
         action.set_defaults(run=run)
 
 
@@ -52,7 +56,7 @@ class _OfAgent:
         return client.message(client.done(self._agent.retry_failed(ids=ids)))
 
     def discard(self, ids: Ids) -> str:
-        return client.message(client.done(self._agent.discard_failed(ids=ids)))
+        return client.message(client.done(self._agent.discard_failed(ids=ids, all=ids is None)))
 
 
 class _OfSpool:

@@ -81,10 +81,11 @@ def _rows(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
 
 def _files(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
     files = data["files"]
-    places = ("registered", "unsettled", "pending", "waiting", "dead", "discarded")
-    sum_ = f"{files['received']} received = " if "received" in files else ""
+    running = "received" in files
+    places = ("registered" if running else "settling", "pending", "waiting", "dead", "discarded")
+    sum_ = f"{files['received']} received = " if running else ""
     text = sum_ + (" + " if sum_ else ", ").join(f"{files[place]} {place}" for place in places if place in files)
-    if files.get("settling"):
+    if running and files.get("settling"):
         text += f" ({files['settling']} of them settling)"
     if text:
         yield "files", _text(text, "yellow" if files.get("dead") else "")

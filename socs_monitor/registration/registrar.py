@@ -28,6 +28,7 @@ from socs_monitor.registration.parking import Parking
 from socs_monitor.registration.workers import (
     Failed,
     FailedLarge,
+    Hash,
     Hashed,
     HashedLarge,
     Recheck,
@@ -53,6 +54,9 @@ _BACKOFF_MAX_S = 2.0
 
 # Seconds between two looks at workers that are busy.
 _SUPERVISE_S = 1.0
+
+# Seconds between two looks whether to go on waiting for a hash.
+_ASK_S = 0.2
 
 # Re-checks are due at whole multiples of this (seconds), since each waking of the thread costs.
 _RECHECK_EVERY_S = 0.5
@@ -115,6 +119,7 @@ class Registrar:
         self._parking = Parking(policy.data_roots, start_thread)
         self._stopping = threading.Event()
         self._wait = wait or self._stopping.wait
+        self._hashing: Workers | None = None  # while they work
 
     def run(self, once: bool = False) -> None:
         """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands."""
@@ -129,6 +134,7 @@ class Registrar:
         except StoppedError:
             pass
         finally:
+            self._hashing = None
             self.workers.close()
             self._database.close()
             self._stopping.clear()
@@ -153,6 +159,7 @@ class Registrar:
             StoppedError: If `stop` was called while the spool could not be used.
         """
         self.workers = self._make_workers(self._policy, self._parking, self._queue.wake)
+        self._hashing = self.workers
         self._registered: dict[int, _Registered] = {}
         self._latest: dict[str, int] = {}  # by path, the last registered of `_registered`
         self._backoff_s = _BACKOFF_FIRST_S
@@ -171,6 +178,25 @@ class Registrar:
         retried = self._spool.retry(ids)
         self._queue.wake()
         return retried
+
+    def hash_file(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
+        """Hash a file that is not being registered, and wait for that. Any thread may call it.
+
+        Args:
+            path: The file.
+            stopped: Asked now and then whether to give up.
+
+        Returns:
+            What came of it; None if the workers ended before, or `stopped` returned True.
+        """
+        answer: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
+        workers = self._hashing
+        if workers is not None:
+            workers.submit([Hash(path, answer.put)])
+        while workers is not None and self._hashing is workers and not stopped():
+            with contextlib.suppress(queue.Empty):
+                return answer.get(timeout=_ASK_S)
+        return None
 
     def step(self, timeout: float) -> bool:
         """Do all that can be done now; wait for something to do for at most `timeout` seconds.

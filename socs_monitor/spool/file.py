@@ -56,7 +56,7 @@ _JOURNAL_PAGES = 16_384
 
 _RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is taken, try once more
 
-_BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
+BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
 
 _OPEN = f"state IN ('{State.PENDING}', '{State.WAITING}')"
 
@@ -147,9 +147,13 @@ def is_locked(path: str) -> bool:
     return False
 
 
-def connect(path: str) -> sqlite3.Connection:
-    """Return a connection as the spool needs it; raises `sqlite3.Error`."""
-    db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+def connect(path: str, busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+    """Return a connection as the spool needs it, which waits `busy_timeout` seconds for a lock.
+
+    Raises:
+        sqlite3.Error: If the file cannot be opened.
+    """
+    db = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
     db.execute(f"PRAGMA page_size = {_PAGE}")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -157,8 +161,8 @@ def connect(path: str) -> sqlite3.Connection:
     return db
 
 
-def _open_checked(path: str) -> sqlite3.Connection:
-    db = connect(path)
+def _open_checked(path: str, busy_timeout: float) -> sqlite3.Connection:
+    db = connect(path, busy_timeout)
     try:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -231,7 +235,7 @@ def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
         raise
 
 
-def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connection:
+def open_or_begin(path: str, report: Callable[[str], None], busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
     """Open the file, or a new one in its place; `report` is told if the old one had to be set aside.
 
     Raises:
@@ -239,7 +243,7 @@ def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connectio
         OSError: Likewise.
     """
     try:
-        return _open_checked(path)
+        return _open_checked(path, busy_timeout)
     except sqlite3.DatabaseError as error:
         if not isinstance(error, _UnknownVersionError) and error.sqlite_errorcode & 0xFF not in _UNREADABLE:
             raise  # no room, no permission: the file may be whole
@@ -248,4 +252,4 @@ def open_or_begin(path: str, report: Callable[[str], None]) -> sqlite3.Connectio
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + suffix, aside + suffix)
         report(f"The spool {path} cannot be read ({error}). It was set aside as {aside}, and a new one was started.")
-        return _open_checked(path)
+        return _open_checked(path, busy_timeout)

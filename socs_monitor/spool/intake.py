@@ -59,7 +59,14 @@ class FileQueue(queue.Queue[Meta]):
 
     It is bounded by what `has_room` says, which `put` does not ask: nobody who puts is ever made to wait. Memory counts
     as free again when the queue is empty.
+
+    Args:
+        max_bytes: Bytes of memory that its registrations take at most.
     """
+
+    def __init__(self, max_bytes: int = QUEUE_MAX) -> None:
+        super().__init__()
+        self._max_bytes = max_bytes
 
     def _init(self, maxsize: int) -> None:
         self.queue: deque[Meta] = deque()
@@ -78,7 +85,7 @@ class FileQueue(queue.Queue[Meta]):
 
     def has_room(self, memory: int) -> bool:
         """Whether registrations that take so many bytes of memory should be put on it."""
-        return self._memory + memory <= QUEUE_MAX
+        return self._memory + memory <= self._max_bytes
 
     def clear(self) -> None:
         """Take registrations off the queue; what somebody else put there stays."""
@@ -130,6 +137,8 @@ class Intake:
         stats: Counts what is received and takes conditions.
         clock: Gives unix time.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
+        inbox_max: Bytes of registrations kept in memory while the spool cannot be written.
+        retry_s: Seconds after which the intake's thread tries again to write.
 
     Attributes:
         measured (Measure): What the latest `measure` found.
@@ -142,7 +151,12 @@ class Intake:
         stats: Stats,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        *,
+        inbox_max: int = INBOX_MAX,
+        retry_s: float = _RETRY_S,
     ) -> None:
+        self._inbox_max = inbox_max
+        self._retry_s = retry_s
         self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
@@ -154,7 +168,7 @@ class Intake:
         self._put: list[tuple[Meta, Incoming]] = []  # since the latest `commit`
         self._putting = threading.Lock()
         self._batches: queue.SimpleQueue[list[tuple[Meta, Incoming]] | None] = queue.SimpleQueue()
-        self._unwritten: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
+        self._to_write: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
         self._memory_put = 0
         self._memory_freed = 0
         self._flushing = threading.Lock()
@@ -187,7 +201,7 @@ class Intake:
 
     def log_unwritten(self) -> None:
         """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
-        left = [*self._unwritten]
+        left = [*self._to_write]
         with contextlib.suppress(queue.Empty):
             while True:
                 left += self._batches.get_nowait() or ()
@@ -205,7 +219,12 @@ class Intake:
     @property
     def overloaded(self) -> bool:
         """Whether registrations pile up in memory, so that non-registration traffic is shed."""
-        return self._memory_put - self._memory_freed > INBOX_MAX // 2
+        return self.unwritten > self._inbox_max // 2
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes of memory that registrations take which are not in the spool yet."""
+        return self._memory_put - self._memory_freed
 
     def put(self, meta: Meta, incoming: Incoming) -> None:
         """Accept one registration; `meta` is its metadata, `incoming` the same as it goes into the spool.
@@ -213,7 +232,7 @@ class Intake:
         With a thread of the intake's own it is written after the next `commit`.
         """
         with self._putting:
-            if self._memory_put - self._memory_freed > INBOX_MAX:
+            if self.unwritten > self._inbox_max:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
                     "intake",
@@ -239,9 +258,9 @@ class Intake:
             self.commit()
             with contextlib.suppress(queue.Empty):
                 while True:
-                    self._unwritten.extend(self._batches.get_nowait() or ())
-            while self._unwritten:
-                batch = [self._unwritten[place] for place in range(min(BATCH, len(self._unwritten)))]
+                    self._to_write.extend(self._batches.get_nowait() or ())
+            while self._to_write:
+                batch = [self._to_write[place] for place in range(min(BATCH, len(self._to_write)))]
                 try:
                     self._accept([meta for meta, _ in batch], [incoming for _, incoming in batch])
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
@@ -249,7 +268,7 @@ class Intake:
                     return False
                 for _, incoming in batch:
                     self._memory_freed += len(incoming.message) + _MEMORY
-                    self._unwritten.popleft()
+                    self._to_write.popleft()
                 self._stats.cured("spool", "the spool can be written again")
                 if not self.overloaded:
                     self._stats.cured("intake", "registrations are no longer refused")
@@ -324,8 +343,8 @@ class Intake:
         while not self._closing.is_set():
             batch = self._batches.get()
             with self._flushing:
-                self._unwritten.extend(batch or ())
-            while not self.flush() and not self._closing.wait(_RETRY_S):
+                self._to_write.extend(batch or ())
+            while not self.flush() and not self._closing.wait(self._retry_s):
                 pass
 
     def _sync(self) -> None:

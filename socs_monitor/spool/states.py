@@ -32,7 +32,8 @@ class Event(StrEnum):
     GIVEN_UP = "the same, for longer than --give-up-after"
     KNOWN = "the same, but its key has a row"
     REFUSED = "it can never become a row"
-    DUE = "its delay is over, or a person retries it"
+    DUE = "its delay is over"
+    RETRIED = "a person retries it"
     UNCHANGED = "its file is unchanged and the database is synced"
     MISSING = "its file is missing: archived and removed, or deleted"
     SUPERSEDED = "its file was announced again later, which takes care of it"
@@ -56,6 +57,6 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.REGISTERED, Event.UNREADABLE): State.REGISTERED,
     (State.REGISTERED, Event.RESTARTED): State.PENDING,
     (State.REGISTERED, Event.REFUSED): State.DEAD,
-    (State.DEAD, Event.DUE): State.PENDING,
+    (State.DEAD, Event.RETRIED): State.PENDING,
     (State.DEAD, Event.DISCARDED): State.DISCARDED,
 }

@@ -36,7 +36,7 @@ MAX_DEAD = 10_000
 MAX_BYTES = 1 << 30
 
 # A claim ends when its messages have this size (bytes), since they are parsed into objects many times as large.
-_CLAIM_BYTES = 1 << 20
+CLAIM_BYTES = 1 << 20
 
 
 def _insert(rows: int, columns: str, values: str) -> str:
@@ -80,7 +80,7 @@ _MORE_CHANGES: Mapping[Event, str] = {
     Event.RESTARTED: ", rounds = rounds + 1",
     Event.GIVEN_UP: ", attempts = attempts + 1",
     Event.REFUSED: ", refused = 1",
-    Event.DUE: ", attempts = 0, refused = 0",
+    Event.RETRIED: ", attempts = 0, refused = 0",
 }
 
 
@@ -211,6 +211,9 @@ class Spool:
         report: Called with a line for a person where something unusual was done to the file.
         max_bytes: Size up to which registrations are accepted.
         reserve: Bytes of the file that are kept free for a full disk; see `file.reserve`.
+        max_dead: Number of dead letters that are kept.
+        claim_bytes: Size of messages (bytes) at which `apply` takes up no more.
+        busy_timeout: Seconds for which a lock of another program is waited for.
 
     Attributes:
         next_due (float): When the next registration is due, seconds of CLOCK_MONOTONIC; infinite where none is.
@@ -221,17 +224,27 @@ class Spool:
     """
 
     def __init__(
-        self, path: str, report: Callable[[str], None], max_bytes: int = MAX_BYTES, *, reserve: int = file.RESERVE
+        self,
+        path: str,
+        report: Callable[[str], None],
+        max_bytes: int = MAX_BYTES,
+        *,
+        reserve: int = file.RESERVE,
+        max_dead: int = MAX_DEAD,
+        claim_bytes: int = CLAIM_BYTES,
+        busy_timeout: float = file.BUSY_TIMEOUT_S,
     ) -> None:
         self.path = path
         self.max_bytes = max_bytes
+        self._max_dead = max_dead
+        self._claim_bytes = claim_bytes
         self.next_due = -math.inf
         self._lock = threading.Lock()
         self._unsynced = False
         self._lock_file = file.take_lock(path)
         try:
-            self._db = file.open_or_begin(path, report)
-            self._syncer = file.connect(path)
+            self._db = file.open_or_begin(path, report, busy_timeout)
+            self._syncer = file.connect(path, busy_timeout)
             states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
@@ -356,7 +369,7 @@ class Spool:
         with self._writing() as db:
             for transition in transitions:
                 self._carry_out(db, transition)
-            if (excess := self._counts[State.DEAD] + self._changes[State.DEAD] - MAX_DEAD) > 0:
+            if (excess := self._counts[State.DEAD] + self._changes[State.DEAD] - self._max_dead) > 0:
                 oldest = [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))]
                 self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, oldest))
             return self._take_up(db, now, limit) if limit and self.next_due <= now else []
@@ -380,7 +393,7 @@ class Spool:
             for row in db.execute(statement, (now, limit - len(taken))):
                 taken.append(Due._make(row))
                 size += len(row[-1] or "")
-                if size >= _CLAIM_BYTES:
+                if size >= self._claim_bytes:
                     break
         if taken:
             db.execute(_HOLD, (json.dumps([due.id for due in taken]),))
@@ -420,7 +433,7 @@ class Spool:
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Make dead letters (those of `ids`, or all) pending again, due at once; return how many."""
-        return self._revise(Event.DUE, ids)
+        return self._revise(Event.RETRIED, ids)
 
     def discard(self, ids: Iterable[int] | None = None) -> int:
         """Forget dead letters (those of `ids`, or all) for good; return how many."""

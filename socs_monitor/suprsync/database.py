@@ -261,8 +261,7 @@ class Database:
             for correction in corrections:
                 row = correction.row
                 if present.get(row.id) == row and holders[row.archive_name, row.remote_path] == {row.local_path}:
-                    values = correction.local_md5sum, correction.remote_md5sum, None, correction.failed_copy_attempts
-                    db.execute(_CORRECT, (*values, row.id))
+                    db.execute(_CORRECT, (correction.local_md5sum, correction.remote_md5sum, None, 0, row.id))
                     corrected.append(row)
         return corrected
 

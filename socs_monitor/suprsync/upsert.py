@@ -129,34 +129,30 @@ def plan_upsert(rows: Sequence[Row], file: HashedFile, holders: Iterable[str] = 
 
 
 class Correction(NamedTuple):
-    """New values of a row that SupRsync cannot finish; `row` is the row as it was selected."""
+    """New sums of a row that SupRsync cannot finish. It is not removed, and copied again from attempt 0.
+
+    `row` is the row as it was selected.
+    """
 
     row: Row
     local_md5sum: str
     remote_md5sum: str | None
-    failed_copy_attempts: int
 
 
 def needs_retry(row: Row) -> bool:
     """Whether SupRsync does not copy the row again by itself."""
-    return row.failed_copy_attempts >= MAX_COPY_ATTEMPTS or row.removed is not None
+    return (row.failed_copy_attempts or 0) >= MAX_COPY_ATTEMPTS or row.removed is not None
 
 
-def plan_correction(row: Row, md5: str, may_retry: bool) -> Correction | None:
+def plan_correction(row: Row, md5: str) -> Correction | None:
     """Plan how a row that is not verified is corrected; None if there is nothing to correct.
-
-    Every correction clears ``removed``, because the file exists.
 
     Args:
         row: The row, one that `tables.STUCK` selects.
         md5: MD5 sum of the file's present content.
-        may_retry: Whether failed copies of unchanged content may be forgotten.
     """
     if md5 != row.local_md5sum:
-        return Correction(row, md5, None, 0)
-    if not needs_retry(row):
-        return None
-    attempts = 0 if may_retry else row.failed_copy_attempts
-    if row.removed is None and attempts == row.failed_copy_attempts:
-        return None
-    return Correction(row, md5, row.remote_md5sum, attempts)
+        return Correction(row, md5, None)
+    if needs_retry(row):
+        return Correction(row, md5, row.remote_md5sum)
+    return None

@@ -264,8 +264,8 @@ def test_another_user_is_refused_before_anything_is_touched(agent: StartAgent, t
         with_dead_letters(agent, [tmp_path / "one.txt"], [["--spool-path", str(spool)]]).stop()
         before = {path.name: path.stat().st_mtime_ns for path in spool.parent.iterdir()}
 
-        for action in ("list", "retry", "discard"):
-            done = run(sys.executable, "-c", as_nobody, "failed", action, "--spool-path", spool)
+        for action in (["list"], ["retry"], ["discard", "--all"]):
+            done = run(sys.executable, "-c", as_nobody, "failed", *action, "--spool-path", spool)
             assert done.returncode == 1
             assert "belongs to user 0: run this as that user" in done.stderr
         assert {path.name: path.stat().st_mtime_ns for path in spool.parent.iterdir()} == before

@@ -329,3 +329,29 @@ def test_no_datagram_leads_out_of_the_archive(kind: str, pub_id: str, payload: d
             assert entry.archive_name in ("smurf", "timestreams")
             assert entry.local_path in (payload["path"], payload["path"] + ".npy")
             assert os.path.basename(entry.local_path) == os.path.basename(entry.remote_path)
+
+
+@pytest.mark.parametrize("file_format", ["txt", "npy"])
+@pytest.mark.parametrize("folder", ["/d", "/d" * 1950], ids=["name", "path"])
+def test_a_name_that_numpy_cannot_have_lengthened_stands_for_itself(file_format: str, folder: str) -> None:
+    for length, number in ((190, 2), (191, 1)) if len(folder) > 2 else ((251, 2), (252, 1), (255, 1)):
+        path = f"{folder}/{'x' * length}"
+        entries = list(archive.candidates({**META, "path": path, "format": file_format}))
+        assert len(entries) == number
+        assert path in [entry.local_path for entry in entries]
+
+
+@pytest.mark.parametrize("field", ["action", "action_ts", "timestamp", "pub_id", "path"])
+@pytest.mark.parametrize("archive_name", ["smurf", "timestreams"])
+def test_what_is_no_unicode_is_refused(field: str, archive_name: str) -> None:
+    meta = {**META, "path": "/d/e/f/x.npy", field: "/d/\ud800/e/f/x.npy", "archive_name": archive_name}
+    if archive_name == "smurf" or field == "path":
+        with pytest.raises(ArchiveError):
+            list(archive.candidates(meta))
+
+
+@pytest.mark.parametrize("field", ["action", "action_ts", "timestamp", "archive_name"])
+@pytest.mark.parametrize("value", [[], ["a"], {}, {"a": 1}])
+def test_lists_and_objects_make_no_path(field: str, value: object) -> None:
+    with pytest.raises(ArchiveError, match=field):
+        list(archive.candidates({**META, "path": "/d/x", field: value}))

@@ -148,3 +148,14 @@ def test_what_is_found_is_registered_as_its_datagram_would_be() -> None:
     assert messages.parse_file(incoming.message).meta == meta
     assert list(candidates(meta)) == [Entry("timestreams", path, "17000/a/1.g3", True)]
     assert incoming.sender == "backfill"
+
+
+@pytest.mark.parametrize("looks", [0, 1, 5, 13, 24])
+def test_a_scan_that_is_stopped_ends_at_once(bench: Bench, looks: int) -> None:
+    for number in range(10):
+        bench.write(f"17000/a/{number}.g3")
+    asked = iter([False] * looks + [True] * 100)
+    scan = Scan(str(bench.root), bench.db_path, bench.reports.append, bench.clock, lambda: next(asked))
+
+    assert list(scan) == []
+    assert not bench.reports, "it would not be true of all"

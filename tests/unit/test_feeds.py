@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from autobahn.exception import Disconnected
+from autobahn.exception import Disconnected, PayloadExceededError
 from autobahn.wamp.exception import SerializationError, TransportLost
+from ocs.ocs_feed import Block
 from twisted.internet.task import Clock as ReactorClock
 
 from socs_monitor import feeds as feeds_module
-from socs_monitor.feeds import BACKLOG_AGE_S, BACKLOG_MAX, Feeds
+from socs_monitor.feeds import BACKLOG_AGE_S, BACKLOG_MAX, BUFFER_BYTES, Feeds
+from socs_monitor.fields import MAX_STREAMS
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
 from tests.chain import Clock
@@ -20,20 +22,31 @@ NO_ROUTER = "session messages: no router"
 
 
 class RecordedFeed:
-    """Buffers as OCS's feed does: the first sample starts the buffer, a flush publishes and empties it."""
+    """Buffers as OCS's feed does: the first sample starts the buffer, a flush publishes and empties it.
 
-    def __init__(self) -> None:
+    `error` is what the transport raises, if anything.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.feed_name = name
         self.buffer_start_time: float | None = None
+        self.blocks: dict[str, Block] = {}
         self.buffer: list[dict[str, Any]] = []
         self.published: list[list[dict[str, Any]]] = []
+        self.error: Exception | None = None
 
     def take(self, block: dict[str, Any]) -> None:
+        self.blocks.setdefault(block["block_name"], Block(block["block_name"], block["data"])).append(block)
         self.buffer.append(block)
         self.buffer_start_time = 1.0
 
     def flush_buffer(self) -> None:
+        if self.error is not None:
+            raise self.error
         self.published.append(self.buffer)
         self.buffer = []
+        for block in self.blocks.values():
+            block.clear()
 
 
 class Agent:
@@ -44,11 +57,12 @@ class Agent:
         self.registered: list[tuple[str, dict[str, Any]]] = []
         self.session_messages: list[Any] = []
         self.recorded: dict[str, RecordedFeed] = {}
+        self.feeds: dict[str, RecordedFeed] = {}  # those that are registered now
         self._ready: list[Callable[..., None]] = []
 
     def register_feed(self, name: str, **options: Any) -> RecordedFeed:
         self.registered.append((name, options))
-        self.recorded[name] = RecordedFeed()
+        self.feeds[name] = self.recorded[name] = RecordedFeed(name)
         return self.recorded[name]
 
     def publish_to_feed(self, name: str, message: Any, from_reactor: bool) -> None:
@@ -57,7 +71,7 @@ class Agent:
         if name == feeds_module.SESSION_FEED:
             self.session_messages.append(message)
         else:
-            self.recorded[name].take(message)
+            self.feeds[name].take(message)
 
     def on(self, event: str, handler: Callable[..., None]) -> None:
         assert event == "ready"
@@ -282,3 +296,68 @@ def test_what_ocs_does_not_take_is_counted_and_the_next_goes_out(
 
     assert bench.stats.unpublished == {"not taken by OCS": 1}
     assert bench.agent.session_messages == [{"seq_no": 2}]
+
+
+def test_a_buffer_is_published_when_it_is_large(bench: Bench) -> None:
+    text = "é" * 20_000
+    for _ in range(20):
+        bench.metadata(text)
+    published = bench.published()
+
+    assert [len(values) for values in published] == [7, 7]
+    assert BUFFER_BYTES <= 7 * len(text.encode()) < BUFFER_BYTES + 30_000
+    bench.reactor.advance(1)
+    assert [len(values) for values in bench.published()] == [7, 7, 6]
+
+
+def test_a_buffer_that_a_timer_has_published_is_empty(bench: Bench) -> None:
+    for _ in range(8):
+        bench.metadata("x" * 60_000)
+        bench.reactor.advance(1)
+
+    assert [len(values) for values in bench.published()] == [1] * 8
+
+
+@pytest.mark.parametrize("error", [PayloadExceededError("large"), SerializationError("odd"), AssertionError("OCS")])
+def test_a_buffer_that_the_transport_refuses_is_dropped_and_counted_and_all_feeds_go_on(
+    bench: Bench, error: Exception
+) -> None:
+    for value in (1, 2, 3):
+        bench.metadata(value)
+        bench.metadata(value, "s2")
+    bench.agent.recorded["s1_meta"].error = error
+    bench.reactor.advance(1)
+    assert bench.stats.unpublished == {"not taken by OCS": 3}
+    assert bench.published("s2_meta") == [[1, 2, 3]]
+
+    bench.agent.recorded["s1_meta"].error = None
+    bench.agent.recorded["s1_meta"].buffer.clear()  # which stands for OCS's own blocks; these are emptied
+    assert all(block.empty() for block in bench.agent.recorded["s1_meta"].blocks.values())
+    bench.reactor.advance(1)
+    bench.metadata(4)
+    bench.reactor.advance(1)
+    assert bench.published() == [[4]]
+    assert bench.stats.unpublished == {"not taken by OCS": 3}
+
+
+def test_what_lies_in_the_buffers_gets_the_type_of_its_field(bench: Bench) -> None:
+    bench.metadata(True, "s1")
+    bench.metadata(2, "s2")
+    bench.metadata(7, "s2", "AMCc.other")
+    bench.metadata(0.5, "s3")
+    blocks = [bench.agent.recorded[f"s{number}_meta"].blocks["AMCcx"].data["AMCcx"] for number in (1, 2, 3)]
+
+    assert repr(blocks) == "[[1.0], [2.0], [0.5]]"
+    assert repr(bench.agent.recorded["s2_meta"].blocks["AMCcother"].data) == "{'AMCcother': [7]}"
+
+
+def test_a_stream_that_is_replaced_publishes_what_it_has_and_leaves_ocs(bench: Bench) -> None:
+    for number in range(MAX_STREAMS + 1):
+        bench.metadata(number, f"s{number}")
+
+    assert bench.published("s0_meta") == [[0]]
+    assert "s0_meta" not in bench.agent.feeds
+    assert len(bench.agent.feeds) == 1 + MAX_STREAMS
+    bench.metadata(7, "s0")
+    bench.reactor.advance(1)
+    assert bench.published("s0_meta") == [[7]]

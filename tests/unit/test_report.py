@@ -79,7 +79,7 @@ def test_the_session_data_has_all_the_documented_keys(bench: Bench, clock: Clock
     assert data["spool"]["bytes"] > 0
     assert data["streams"] == {}
     assert data["log"] == {"dropped": 0}
-    assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0}
+    assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "file_missing": 0}
     bench.chain.step()
     assert bench.report.data()["queue"] == {"depth": 0, "oldest": 0.0}, "measured before it had its row"
     data = bench.look()

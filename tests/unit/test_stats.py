@@ -64,7 +64,7 @@ def test_the_session_data_is_json_with_the_documented_keys(stats: Bench) -> None
             **{"received": 21, "registered": 3, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6, "settling": 2},
             **{"last": "/x", "last_time": stats.clock.now},
         },
-        "database": {"write": 0.5, "write_max": 0.5, "errors": 0},
+        "database": {"write": 0.5, "write_max": 0.5, "errors": 0, "corrected": 0, "file_missing": 0},
         "streams": {
             "crate1slot2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": None},
             "s2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": stats.clock.now},

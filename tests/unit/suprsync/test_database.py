@@ -541,7 +541,7 @@ def test_a_row_is_corrected_only_if_it_is_as_it_was_selected(open_database: Open
     execute(db_path, "UPDATE supersync_v0 SET copied = 8 WHERE id = 2")
     before = rows(db_path)
 
-    assert database.correct([Correction(row, NEW, None, 0) for row in stuck]) == [stuck[0], stuck[2]]
+    assert database.correct([Correction(row, NEW, None) for row in stuck]) == [stuck[0], stuck[2]]
     corrected = {"local_md5sum": NEW, "remote_md5sum": None, "failed_copy_attempts": 0, "removed": None}
     assert rows(db_path) == [{**before[0], **corrected}, before[1], {**before[2], **corrected}]
 
@@ -552,7 +552,7 @@ def test_a_row_whose_place_another_path_holds_is_not_corrected(open_database: Op
     execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 6, remote_path = '17000/slot2/a/outputs/x'")
     before = rows(db_path)
 
-    assert database.correct([Correction(row, NEW, None, 0) for row in database.stuck(0, 10)]) == []
+    assert database.correct([Correction(row, NEW, None) for row in database.stuck(0, 10)]) == []
     assert rows(db_path) == before
 
 

@@ -154,19 +154,17 @@ def test_after_an_upsert_one_row_may_delete_and_another_upsert_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("known", "md5", "may_retry", "expected"),
+    ("known", "md5", "expected"),
     [
-        (row(failed_copy_attempts=1), NEW, False, (NEW, None, 0)),
-        (row(remote=NEW, removed=9.0), NEW, False, (NEW, None, 0)),
-        (row(failed_copy_attempts=4), OLD, True, None),
-        (row(failed_copy_attempts=5), OLD, True, (OLD, None, 0)),
-        (row(remote=NEW, failed_copy_attempts=6), OLD, True, (OLD, NEW, 0)),
-        (row(failed_copy_attempts=6), OLD, False, None),
-        (row(failed_copy_attempts=6, removed=9.0), OLD, False, (OLD, None, 6)),
-        (row(removed=9.0), OLD, False, (OLD, None, 0)),
+        (row(failed_copy_attempts=1), NEW, (NEW, None)),
+        (row(remote=NEW, removed=9.0), NEW, (NEW, None)),
+        (row(failed_copy_attempts=4), OLD, None),
+        (row(failed_copy_attempts=5), OLD, (OLD, None)),
+        (row(remote=NEW, failed_copy_attempts=6), OLD, (OLD, NEW)),
+        (row(removed=9.0), OLD, (OLD, None)),
     ],
 )
 def test_a_row_that_suprsync_cannot_finish_is_corrected(
-    known: Row, md5: str, may_retry: bool, expected: tuple[object, ...] | None
+    known: Row, md5: str, expected: tuple[str, str | None] | None
 ) -> None:
-    assert plan_correction(known, md5, may_retry) == (expected and Correction(known, *expected))
+    assert plan_correction(known, md5) == (expected and Correction(known, *expected))

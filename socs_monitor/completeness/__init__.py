@@ -1,0 +1,1 @@
+"""What the disk holds against what database and spool say."""

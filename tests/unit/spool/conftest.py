@@ -1,0 +1,67 @@
+"""Registrations in every state, for the tests of the spool."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from socs_monitor.emulator import g3_file
+from socs_monitor.spool.states import Event, State
+from socs_monitor.spool.store import Incoming, Spool, Transition
+from tests.chain import execute
+
+OpenSpool = Callable[..., Spool]
+
+DUE = 50.0
+
+# By which transition a pending registration gets into a state.
+_WAYS = {
+    State.WAITING: Event.FAILED,
+    State.REGISTERED: Event.COMMITTED,
+    State.DEAD: Event.GIVEN_UP,
+    State.SETTLED: Event.KNOWN,
+}
+
+
+def incoming(number: int, **extra: Any) -> Incoming:
+    envelope = {"id": "STREAMER:a", "type": "g3_file", "payload": {**g3_file(f"/a/b/{number}.g3"), **extra}}
+    return Incoming(1000.0 + number, "10.0.0.5:4000", json.dumps(envelope))
+
+
+def counts(spool: Spool) -> dict[str, int]:
+    """How many registrations are where, without the zeros."""
+    return {state: count for state, count in spool.counts.items() if count}
+
+
+def content(path: str) -> list[dict[str, Any]]:
+    """The rows of the spool's file, in order."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(row) for row in db.execute("SELECT * FROM registrations ORDER BY id")]
+
+
+def states(path: str) -> dict[int, str]:
+    """State by id, as the spool's file has it."""
+    return dict(execute(path, "SELECT id, state FROM registrations ORDER BY id"))
+
+
+def move(spool: Spool, state: State, *ids: int, due: float = DUE, reason: str = "no such file") -> None:
+    """Bring pending registrations into a state."""
+    spool.apply([Transition(State.PENDING, _WAYS[state], ids, due, reason)])
+
+
+def bring_about(spool: Spool, path: str, id_: int, state: State) -> None:
+    """Bring a pending registration into a state, with two failed attempts and a reason from before."""
+    if state is not State.PENDING:
+        move(spool, state, id_)
+    execute(path, "UPDATE registrations SET attempts = 2, reason = 'former' WHERE id = ?", id_)
+
+
+@pytest.fixture
+def spool(open_spool: OpenSpool) -> Spool:
+    return open_spool(reserve=0)
