@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.chain import SETTLE_S, Chain, Clock, md5, write_lock
+
+from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
 
 
@@ -103,44 +103,32 @@ def test_a_file_that_changes_while_the_database_is_locked_is_hashed_again(chain:
     chain.write("other.dat", b"other")
     chain.accept("other.dat")
     chain.step()
-    new = md5(b"new content")
-    lock = contextlib.ExitStack()
 
-    def unlocked() -> bool:
+    def change() -> None:
         chain.write("a.dat", b"new content")
         chain.path("b.dat").unlink()
-        lock.close()
-        return True
 
-    chain.locked = unlocked
-    with lock:
-        lock.enter_context(write_lock(chain.db_path))
+    with chain.lock_for(1, chain.db_path, change):
         chain.accept("a.dat")
         chain.accept("b.dat")
         chain.step()
 
-    assert chain.sums() == {"other.dat": md5(b"other"), "a.dat": new}, "a removed file has no row"
+    assert chain.sums() == {"other.dat": md5(b"other"), "a.dat": md5(b"new content")}, "a removed file has no row"
     assert chain.counts() == {"received": 3, "registered": 2, "waiting": 1}
 
 
-def test_a_file_that_changes_while_the_registrar_is_busy_is_hashed_again(
-    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chain.write("a.dat", b"old")
-    chain.accept("a.dat")
-    supervise = chain.registrar.workers.supervise
-
-    def supervise_late() -> None:  # after the file was hashed
-        monkeypatch.undo()
-        chain.write("a.dat", b"new content")
-        clock.advance(1)
-        supervise()
-
-    monkeypatch.setattr(chain.registrar.workers, "supervise", supervise_late)
-    take = chain.registrar.workers.take
+def test_a_file_that_changes_while_the_registrar_is_busy_is_hashed_again(chain: Chain, clock: Clock) -> None:
+    sums = {name: chain.write(name, b"old") for name in ("a.dat", "b.dat")}
+    for name in sums:
+        chain.accept(name)
+    chain.registrar.begin()
+    assert chain.registrar.step(0.0), "both are due in the spool, and are hashed"
+    assert chain.rows() == []
+    sums["a.dat"] = chain.write("a.dat", b"new content")
+    clock.advance(1)
     chain.step()
-    assert take() == []
-    assert [row["local_md5sum"] for row in chain.rows()] == [md5(b"new content")]
+    assert chain.sums() == sums
+    assert [row["local_path"] for row in chain.rows()] == [str(chain.path(name)) for name in ("b.dat", "a.dat")]
 
 
 def test_the_same_path_three_times_in_a_batch(chain: Chain) -> None:
