@@ -399,6 +399,7 @@ class Workers:
                 return
             _, _, shared = heapq.heappop(self._heap)
             worker.shared = shared
+            worker.progress += 1
         result = self._read(worker, shared)
         with self._lock:
             if worker.abandoned:

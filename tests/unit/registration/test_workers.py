@@ -426,6 +426,23 @@ def test_a_worker_that_makes_progress_is_left_alone(tmp_path: Path, clock: Clock
     bench.close()
 
 
+def test_each_file_has_its_whole_time(tmp_path: Path, clock: Clock, hang: Hang) -> None:
+    bench = Bench(tmp_path, clock, hash_workers=1)
+    for name in ("empty", "another"):
+        bench.write(name, b"")
+        hang.add(bench.path(name))
+        bench.submit(Hash(bench.path(name), lambda _: None))
+    wait_until(lambda: bench.path("empty") in hang.hanging, 20, "it is at the first one")
+    bench.supervise_for(HANG_S - 1)
+    hang.release(bench.path("empty"))
+    wait_until(lambda: bench.path("another") in hang.hanging, 20, "it is at the next one")
+    bench.supervise_for(HANG_S - 1)
+    assert not bench.parking
+    bench.supervise_for(2)
+    assert bench.parking
+    bench.close()
+
+
 def test_a_worker_that_comes_back_while_it_is_abandoned_does_no_harm(tmp_path: Path, clock: Clock, hang: Hang) -> None:
     path = str(tmp_path / "a.dat")
 
