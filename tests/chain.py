@@ -151,7 +151,7 @@ class Chain:
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
-        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **self._timeout)
+        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), reserve=0, **self._timeout)
         self.queue = FileQueue(self._queue_max)
         self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic, batch=self._batch)
         self.database = Database(
