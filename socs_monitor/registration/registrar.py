@@ -538,7 +538,7 @@ class Registrar:
 
     def _conclude(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
         """Settle registered files that are as they were hashed, and register again those that changed."""
-        if self._database.is_replaced():
+        if self._database.is_replaced() or self._database.identity != self._database_identity:
             return [self._restart_registered()]
         by_event: dict[Event, list[int]] = {}
         transitions: list[Transition] = []
