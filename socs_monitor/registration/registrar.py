@@ -385,11 +385,12 @@ class Registrar:
         for registration, file, _ in hashed:
             path = file.entry.local_path
             latest[path] = max(registration.id, latest.get(path, 0), self._latest.get(path, 0))
-        superseded = {
-            one.registration.id
+        earlier = [
+            one.registration
             for one in hashed
             if one.registration.rounds and latest[one.file.entry.local_path] != one.registration.id
-        }
+        ]
+        superseded = self._until_available(lambda: self._have_rows(earlier)) if earlier else set()
         if superseded:
             self._sync()
             transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
@@ -537,7 +538,7 @@ class Registrar:
 
     def _conclude(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
         """Settle registered files that are as they were hashed, and register again those that changed."""
-        if self._database.is_replaced():
+        if self._database.is_replaced() or self._database.identity != self._database_identity:
             return [self._restart_registered()]
         by_event: dict[Event, list[int]] = {}
         transitions: list[Transition] = []

@@ -214,6 +214,22 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     assert chain.counts() == {"received": 3, "settled": 3}
 
 
+def test_a_replaced_database_is_noticed_whoever_saw_it_first(chain: Chain, clock: Clock) -> None:
+    chain.accept("missing.dat")
+    chain.step()
+    execute(chain.spool_path, "UPDATE registrations SET attempts = 1000, due = ?", clock.monotonic() + 1)
+    sum_ = chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    chain.step()
+    move_database_away(chain)
+    clock.advance(1)
+    chain.step()  # the missing file is given up, which reads the rows
+    assert chain.counts() == {"received": 2, "registered": 1, "dead": 1}
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
+
+
 _COUNT = """
 import contextlib, sqlite3, sys
 with contextlib.closing(sqlite3.connect(sys.argv[1])) as connection:

@@ -7,6 +7,7 @@ asked at every moment whether the counts add up, and at the end whether every re
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -18,15 +19,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from socs_monitor import crashpoint, hashers, intake, registrar, spoolfile
+from socs_monitor import crashpoint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.suprsync import database as suprsync
+from socs_monitor.registration.registrar import StoppedError
 from tests.chain import Chain, Clock, execute, md5, write_lock
 
 SETTLE_S = 5.0
 GIVE_UP_S = 30.0
-SMALL = 10  # bytes; larger files go to the pool
+SMALL = 10  # bytes; larger files are hashed when the machine says so
+BATCH = 4
+QUEUE_MAX = 3 * 2400  # bytes, of three registrations
 REFUSED = "c.dat"  # the name that a database with the trigger refuses
+GARBAGE = b"garbage" * 1000
+
+# Points that a batch of the intake passes; it may not be the last one.
+ON_ARRIVAL = ("received", "spooled", "queued")
 
 Key = tuple[str, str]  # name of the file, action
 
@@ -34,48 +41,39 @@ NAMES = ("a.dat", "b.dat", REFUSED)
 names = st.sampled_from(NAMES)
 keys = st.tuples(names, st.sampled_from(["one", "two"]))
 contents = st.binary(min_size=1, max_size=3) | st.binary(min_size=SMALL + 1, max_size=SMALL + 3)
+# after how many waits what the registrar waits for is over; None if it is stopped instead
+patience = st.none() | st.integers(0, 2)
 
 
 class Killed(BaseException):
     """The process dies at a crash point."""
 
 
-class Pool:
-    """The thread pool, its threads run when the machine says: what fails can be done again."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        self.work: list[Callable[[], object]] = []
-
-    def submit(self, function: Callable[..., object], *args: object) -> None:
-        self.work.append(lambda: function(*args))
-
-    def run(self) -> None:
-        while self.work:
-            self.work.pop(0)()
-
-
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(registrar, "SMALL", SMALL)
-        self.patch.setattr(hashers, "MEDIUM", SMALL + 2)
-        self.patch.setattr(hashers, "ThreadPoolExecutor", Pool)
-        self.patch.setattr(intake, "QUEUE_MAX", 3)
-        self.patch.setattr(intake, "BATCH", 4)
-        self.patch.setattr(registrar, "BATCH", 4)
-        self.patch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.0)
-        self.patch.setattr(suprsync, "_BUSY_TIMEOUT_S", 0.0)
         self.patch.setattr(crashpoint, "reach", self.reach)
         self.killed_at: str | None = None
+        self.patience: int | None = None
+        self.waited_for_nothing = False
 
         self.folder = Path(tempfile.mkdtemp(prefix="model-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.aside = self.folder / "aside"
         self.aside.mkdir()
         self.clock = Clock()
         self.chain = Chain(
-            self.folder, self.clock, self.clock.monotonic, Policy(settle_after=SETTLE_S, give_up_after=GIVE_UP_S)
+            self.folder,
+            self.clock,
+            self.clock.monotonic,
+            Policy(settle_after=SETTLE_S, give_up_after=GIVE_UP_S),
+            small=SMALL,
+            queue_max=QUEUE_MAX,
+            batch=BATCH,
+            busy_timeout=0.0,
         )
+        self.chain.locked = self.locked
+        self.has_begun = True
         self.chain.registrar.begin()
         self.locks: dict[Path, contextlib.ExitStack] = {}
 
@@ -86,6 +84,7 @@ class Machine(RuleBasedStateMachine):
         # registrations whose file must be looked at again: None while no row can be there yet, else the earliest time
         # of its commit
         self.watched: dict[Key, float | None] = {}
+        self.since: dict[Key, float] = {}  # when the latest registration was acknowledged
 
     # --- what the model knows
 
@@ -97,12 +96,40 @@ class Machine(RuleBasedStateMachine):
         """What has arrived is in the spool."""
         self.required |= self.unspooled
         self.watched.update(dict.fromkeys(self.unspooled))
+        self.since.update(dict.fromkeys(self.unspooled, self.clock.now))
         self.stale -= {name for name, _ in self.unspooled}
         self.unspooled.clear()
 
     def changed(self, name: str) -> None:
         if not any(self.is_watched(key) for key in self.watched if key[0] == name):
             self.stale.add(name)
+
+    def may_have_committed(self) -> None:
+        """A row may be there since now."""
+        if self.database_works:
+            for key, committed in self.watched.items():
+                if committed is None and key[0] in self.disk:
+                    self.watched[key] = self.clock.now
+
+    def may_have_given_up(self) -> None:
+        """A missing file of which a row tells was looked for long enough, and nobody looks any more."""
+        if not self.is_garbage:
+            for key in self.watched.keys() & self.row_keys():
+                if key[0] not in self.disk and self.clock.now >= self.since[key] + GIVE_UP_S:
+                    self.watched[key] = 0.0
+
+    def row_keys(self) -> list[Key]:
+        return [
+            (os.path.basename(row["local_path"]), row["remote_path"].split("_")[1].split("/")[0])
+            for row in self.chain.rows()
+        ]
+
+    def spooled_keys(self) -> set[Key]:
+        payloads = [
+            json.loads(message)["payload"]
+            for (message,) in execute(self.chain.spool_path, "SELECT message FROM registrations")
+        ]
+        return {(os.path.basename(payload["path"]), payload["action"]) for payload in payloads}
 
     @property
     def database_works(self) -> bool:
@@ -126,7 +153,8 @@ class Machine(RuleBasedStateMachine):
             self.write(name, content, grows=False)
         self.clock.advance(0.001)  # what arrives after a row's commit does so at a later time
         self.unspooled.add(key)
-        if self.killed_at != "received" and self.spool_works:
+        dies = self.killed_at == "received" or (self.killed_at in ON_ARRIVAL and len(self.unspooled) > BATCH)
+        if self.spool_works and not dies:
             self.acknowledged()
         self.mortal(lambda: self.chain.accept(name, action=action))
 
@@ -140,8 +168,8 @@ class Machine(RuleBasedStateMachine):
     def delete(self, name: str) -> None:
         self.disk.pop(name, None)
         self.chain.path(name).unlink(missing_ok=True)
-        for key in self.watched:  # a registered file that vanishes is done
-            if key[0] == name:
+        for key, committed in self.watched.items():  # a registered file that vanishes is done
+            if key[0] == name and committed is not None:
                 self.watched[key] = 0.0
 
     @precondition(lambda self: self.database_works)
@@ -156,25 +184,45 @@ class Machine(RuleBasedStateMachine):
 
     # --- time, and the registrar
 
-    @rule(seconds=st.sampled_from([0.0, 0.0, 0.1, 2.0, SETTLE_S, GIVE_UP_S]))
-    def step(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.0, 0.0, 0.1, 2.0, SETTLE_S, GIVE_UP_S]), patience=patience)
+    def step(self, seconds: float, patience: int | None) -> None:
         self.clock.advance(seconds)
-        if self.database_works:
-            for key, committed in self.watched.items():
-                if committed is None and key[0] in self.disk:
-                    self.watched[key] = self.clock.now
-        self.mortal(self.chain.step)
+        self.patience = patience
+        self.may_have_committed()
+        if self.has_begun or self.begin():
+            self.mortal(self.chain.step)
+        self.may_have_committed()
+        self.may_have_given_up()
 
-    @rule()
-    def settle(self) -> None:
-        self.step(0.0)
+    def begin(self) -> bool:
+        """Begin, as `run` does; return whether that was not stopped."""
+        self.has_begun = self.mortal(self.chain.registrar.begin)
+        if self.has_begun and self.spool_works:  # it writes what has arrived
+            self.acknowledged()
+        return self.has_begun
+
+    @rule(patience=patience)
+    def settle(self, patience: int | None) -> None:
+        self.step(0.0, patience)
         self.hash_large()
-        self.step(0.0)
-        self.step(SETTLE_S)
+        self.step(0.0, patience)
+        self.step(SETTLE_S, patience)
 
     @rule()
     def hash_large(self) -> None:
-        self.chain.registrar._hashers._threads.run()
+        if self.has_begun:
+            self.chain.hash_large()
+
+    def locked(self) -> bool:
+        """The registrar waits; return whether it is not stopped."""
+        if not (self.locks or self.is_garbage):
+            self.waited_for_nothing = True
+            return False
+        if self.patience == 0:
+            self.end_faults()
+        if self.patience is not None:
+            self.patience -= 1
+        return self.patience is not None
 
     @precondition(lambda self: self.spool_works)
     @rule()
@@ -200,9 +248,11 @@ class Machine(RuleBasedStateMachine):
             self.locks[path] = contextlib.ExitStack()
             self.locks[path].enter_context(write_lock(path))
 
-    def unlock(self) -> None:
+    def end_faults(self) -> None:
         while self.locks:
             self.locks.popitem()[1].close()
+        if self.is_garbage:
+            self.restore()
 
     @precondition(lambda self: self.killed_at is None)
     @rule(point=st.sampled_from(crashpoint.POINTS))
@@ -213,17 +263,25 @@ class Machine(RuleBasedStateMachine):
         if point == self.killed_at:
             raise Killed
 
-    def mortal(self, function: Callable[[], object]) -> None:
-        with contextlib.suppress(Killed):
+    def mortal(self, function: Callable[[], object]) -> bool:
+        """Do something; return whether neither a crash nor a stop prevented it."""
+        try:
             function()
-            return
-        self.crash()
+        except Killed:
+            self.crash()
+            return False
+        except StoppedError:
+            self.has_begun = False
+            return False
+        return True
 
     @rule()
     def crash(self) -> None:
         self.killed_at = None
         self.unspooled.clear()
-        self.chain.reopen()
+        self.chain.crash()
+        self.chain.open()
+        self.has_begun = False
 
     @precondition(lambda self: self.database_works)
     @rule()
@@ -238,12 +296,12 @@ class Machine(RuleBasedStateMachine):
         for path in self.database_files():
             path.rename(self.aside / path.name)
         if self.is_garbage:
-            self.chain.db_path.write_bytes(b"garbage" * 1000)
+            self.chain.db_path.write_bytes(GARBAGE)
 
     @precondition(lambda self: self.is_garbage)
     @rule()
     def restore(self) -> None:
-        assert self.chain.db_path.read_bytes() == b"garbage" * 1000
+        assert self.chain.db_path.read_bytes() == GARBAGE
         for path in self.aside.iterdir():
             path.rename(self.folder / path.name)
 
@@ -268,14 +326,27 @@ class Machine(RuleBasedStateMachine):
     def the_counts_are_right(self) -> None:
         self.chain.check()
 
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """What was accepted is in the spool or has its row, at any moment."""
+        assert not self.waited_for_nothing
+        if not self.is_garbage:
+            rows = self.row_keys()
+            assert len(rows) == len(set(rows)), "one row for each key"
+            assert self.required <= {*rows, *self.spooled_keys()}
+
+    @invariant()
+    def nothing_was_unexpected(self) -> None:
+        assert [text for level, text in self.chain.said if "Unexpected error" in text] == []
+
     @rule()
     def calm_down(self) -> None:
         """Let all faults be over, all files be there, and everything be done; look at what has come of it."""
         self.killed_at = None
-        self.unlock()
-        if self.is_garbage:
-            self.restore()
+        self.end_faults()
         self.refuse_a_name(refuse=False)
+        if not self.has_begun:
+            assert self.begin()
         self.chain.intake.flush()
         self.acknowledged()
         for name in NAMES:
@@ -290,22 +361,20 @@ class Machine(RuleBasedStateMachine):
     def quiet(self) -> None:
         for _ in range(100):
             self.chain.step()
-            self.chain.registrar._hashers._threads.run()
+            self.chain.hash_large()
             self.clock.advance(SETTLE_S)
-            busy = sum(self.chain.spool.counts[state] for state in ("pending", "waiting", "settling"))
+            busy = sum(self.chain.spool.counts[state] for state in ("pending", "waiting", "registered"))
             if not busy and not self.chain.stats.degraded:
                 self.watched.clear()
                 return
         raise AssertionError(f"never quiet: {self.chain.spool.counts}, {self.chain.said[-5:]}")
 
     def look(self) -> None:
-        rows = [(os.path.basename(row["local_path"]), row) for row in self.chain.rows()]
-        present = [(name, row["remote_path"].split("_")[1].split("/")[0]) for name, row in rows]
-        assert len(present) == len(set(present)), "one row for each key"
-        assert self.required <= set(present), "nothing is lost"
+        rows = self.chain.rows()
+        assert self.required <= set(self.row_keys()), "nothing is lost"
         # rows of other keys of the path may wait for the caretaker
-        for name in {name for name, _ in rows} - self.stale:
-            sums = [row["local_md5sum"] for of, row in rows if of == name]
+        for name in {name for name, _ in self.row_keys()} - self.stale:
+            sums = [row["local_md5sum"] for row in rows if row["local_path"].endswith(name)]
             assert md5(self.disk[name]) in sums, "the content that was announced last has a row"
 
     def teardown(self) -> None:
@@ -317,7 +386,7 @@ class Machine(RuleBasedStateMachine):
             self.calm_down()
             assert not self.stale
         finally:
-            self.unlock()
+            self.end_faults()
             self.chain.crash()
             self.patch.undo()
             shutil.rmtree(self.folder)
