@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -126,7 +127,7 @@ def test_a_file_is_read_slice_by_slice(tmp_path: Path, size: int) -> None:
         read.append(reading.read)
 
     assert found == Checksum(sum_, fingerprint(path.stat()))
-    assert {after - before for before, after in zip(read, read[1:], strict=False)} <= {SLICE}
+    assert {after - before for before, after in itertools.pairwise(read)} <= {SLICE}
     assert reading.read == size
     assert len(read) == 1 + size // SLICE
 
