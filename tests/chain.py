@@ -23,7 +23,7 @@ from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
 from socs_monitor.registration.registrar import Registrar, StoppedError
 from socs_monitor.registration.workers import SMALL
-from socs_monitor.spool.intake import FileQueue, Intake
+from socs_monitor.spool.intake import BATCH, QUEUE_MAX, FileQueue, Intake
 from socs_monitor.spool.states import STORED
 from socs_monitor.spool.store import RECEIVED, Incoming, Spool
 from socs_monitor.stats import Stats
@@ -107,11 +107,15 @@ class Chain:
         policy: How files are treated.
         threads: Whether files are read by the real threads, and not in each step.
         small: Size (bytes) up to which a file is hashed in a step.
-        limits: Of the spool.
+        queue_max: Bytes that registrations on the queue take at most.
+        batch: Number of registrations taken at a time.
+        busy_timeout: Seconds for which a lock is waited for; None for those of the agent.
+        limits: Others of the spool.
 
     Attributes:
         locked: Called while the registrar waits for the database or the spool in a step. If it returns False, `step`
             raises `StoppedError`, as if the registrar had been stopped.
+        waits: Seconds of each such wait.
         said: All lines that belong in the log: level and text.
     """
 
@@ -124,10 +128,16 @@ class Chain:
         *,
         threads: bool = False,
         small: int = SMALL,
+        queue_max: int = QUEUE_MAX,
+        batch: int = BATCH,
+        busy_timeout: float | None = None,
         **limits: Any,
     ) -> None:
         self.limits = limits if threads else {"reserve": 0, **limits}
         self._threads = threads
+        self._queue_max = queue_max
+        self._batch = batch
+        self._timeout: dict[str, Any] = {} if busy_timeout is None else {"busy_timeout": busy_timeout}
         self._small = small
         self.locked: Callable[[], bool] = lambda: False
         self.db_path = folder / "suprsync.db"
@@ -135,6 +145,7 @@ class Chain:
         self.files = folder / "files"
         self.clock = clock
         self.monotonic = monotonic
+        self.waits: list[float] = []
         self.said: list[tuple[str, str]] = []
         own = (os.path.realpath(self.db_path), os.path.realpath(self.spool_path))
         self._policy = dataclasses.replace(policy or Policy(), own=own)
@@ -143,15 +154,17 @@ class Chain:
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
-        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **self.limits)
-        self.queue = FileQueue()
-        self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic)
+        limits = {**self.limits, **self._timeout}
+        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **limits)
+        self.queue = FileQueue(self._queue_max)
+        self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic, batch=self._batch)
         self.database = Database(
             str(self.db_path),
             create_table=True,
             echo=False,
             report=self.stats.reporter("warn", "database"),
             clock=self.clock,
+            **self._timeout,
         )
         self.registrar = Registrar(
             self.intake,
@@ -162,6 +175,7 @@ class Chain:
             self._policy,
             lambda _: None,
             self.monotonic,
+            batch=self._batch,
             **({} if self._threads else {"make_workers": self._workers, "wait": self._wait}),
         )
 
@@ -169,8 +183,28 @@ class Chain:
         return InlineWorkers(policy, parking, wake, self._small)
 
     def _wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
         if not self.locked():
             raise StoppedError
+
+    @contextlib.contextmanager
+    def lock_for(self, waits: int, path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Hold a file's write lock until a step has waited so many times; `meanwhile` is called each time."""
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(write_lock(path))
+            left = waits
+
+            def locked() -> bool:
+                nonlocal left
+                left -= 1
+                meanwhile()
+                if left == 0:
+                    lock.close()
+                return left >= 0
+
+            self.locked = locked
+            yield
+        assert left == 0, f"it has waited {waits - left} times"
 
     def hash_large(self) -> None:
         """Let the large files be hashed that were found."""

@@ -92,6 +92,7 @@ class Registrar:
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         make_workers: Makes the workers of a run.
         wait: Waits so many seconds, but not beyond `stop`.
+        batch: Number of registrations taken up at a time.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class Registrar:
         monotonic: Callable[[], float] = time.monotonic,
         make_workers: Callable[[Policy, Parking, Callable[[], None]], Workers] = Workers,
         wait: Callable[[float], object] | None = None,
+        *,
+        batch: int = BATCH,
     ) -> None:
         self._intake = intake
         self._queue = file_queue
@@ -116,6 +119,7 @@ class Registrar:
         self._debug = debug
         self._monotonic = monotonic
         self._make_workers = make_workers
+        self._batch = batch
         self._parking = Parking(policy.data_roots, start_thread)
         self._stopping = threading.Event()
         self._wait = wait or self._stopping.wait
@@ -167,7 +171,7 @@ class Registrar:
         self._is_late = False  # whether results may have lain about since they were found
         self._database_identity = self._database.identity
         now = self._monotonic()
-        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts)))
+        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Try dead letters (those of `ids`, or all) again now; return how many. Any thread may call it.
@@ -208,7 +212,7 @@ class Registrar:
             StoppedError: If `stop` was called while a write was retried.
         """
         self._is_late = self._monotonic() - self._waited > _FRESH_S
-        items = self._queue.take(min(BATCH, self.workers.room), timeout)
+        items = self._queue.take(min(self._batch, self.workers.room), timeout)
         self._waited = self._monotonic()
         self.workers.submit(self._adopted(items))
         self.workers.supervise()
@@ -230,7 +234,12 @@ class Registrar:
         registrations = [item for item in items if isinstance(item, Registration)]
         if len(registrations) < len(items):
             foreign = [item for item in items if not isinstance(item, Registration)]
-            registrations += self._persist(lambda: self._intake.adopt(foreign))
+            try:
+                registrations += self._persist(lambda: self._intake.adopt(foreign))
+            except StoppedError:
+                for item in foreign:  # of which the spool has nothing yet
+                    self._queue.put(item)
+                raise
         return registrations
 
     def _note_hanging(self) -> None:
@@ -301,8 +310,9 @@ class Registrar:
 
     def _expand(self, result: HashedLarge | FailedLarge, hashed: list[Hashed], failed: list[Failed]) -> None:
         """Turn what came of a large file into what came of its registrations, which only the spool has by now."""
-        for start in range(0, len(result.ids), BATCH):
-            rows = self._persist(lambda start=start: self._spool.load(result.ids[start : start + BATCH]))  # type: ignore[misc]
+        for start in range(0, len(result.ids), self._batch):
+            some = result.ids[start : start + self._batch]
+            rows = self._persist(lambda some=some: self._spool.load(some))  # type: ignore[misc]
             for registration in self._parsed(rows, failed):
                 if isinstance(result, FailedLarge):
                     failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
@@ -588,7 +598,7 @@ class Registrar:
     # --- what is retried in place
 
     def _apply(self, transitions: Sequence[Transition], *, take_up: bool = True) -> list[Due]:
-        limit = min(BATCH, self.workers.room) if take_up else 0
+        limit = min(self._batch, self.workers.room) if take_up else 0
         due = self._persist(lambda: self._spool.apply(transitions, self._monotonic(), limit))
         for transition in transitions:
             if transition.event is Event.COMMITTED:

@@ -151,6 +151,7 @@ class Intake:
         stats: Counts what is received and takes conditions.
         clock: Gives unix time.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
+        batch: Number of registrations written at a time.
         inbox_max: Bytes of registrations kept in memory while the spool cannot be written.
         retry_s: Seconds after which the intake's thread tries again to write.
 
@@ -166,9 +167,11 @@ class Intake:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         *,
+        batch: int = BATCH,
         inbox_max: int = INBOX_MAX,
         retry_s: float = _RETRY_S,
     ) -> None:
+        self._batch = batch
         self._inbox_max = inbox_max
         self._retry_s = retry_s
         self.measured = Measure(0, None)
@@ -267,7 +270,7 @@ class Intake:
                 self._to_write.extend(self._put)
                 self._put = []
             while self._to_write:
-                batch = [self._to_write[place] for place in range(min(BATCH, len(self._to_write)))]
+                batch = [self._to_write[place] for place in range(min(self._batch, len(self._to_write)))]
                 try:
                     self._accept([meta for meta, _ in batch], [incoming for _, incoming in batch])
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)

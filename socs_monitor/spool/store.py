@@ -53,6 +53,11 @@ _ROWS = (50, 15, 1)
 _ACCEPT_HELD = {rows: _insert(rows, "", "") for rows in _ROWS}
 _ACCEPT_DUE = {rows: _insert(rows, ", due", ", 0") for rows in _ROWS}
 
+# A state that this version does not have is as good as none.
+_KNOWN_STATES = (
+    f"UPDATE registrations SET state = '{State.PENDING}' WHERE state NOT IN ({', '.join(map(repr, map(str, STORED)))})"
+)
+
 _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 
 _IDS = "id IN (SELECT value FROM json_each(?))"
@@ -72,17 +77,23 @@ _HOLD = (
 )
 _NEXT_DUE = "SELECT min(due) FROM registrations WHERE due IS NOT NULL"
 
+
+def _one_more(column: str) -> str:
+    """Count up, but not beyond what SQLite's integers hold, whatever the file says."""
+    return f"min({column}, 1000000) + 1"
+
+
 # How a transition to each state rounds a row: `:due` and `:reason` are the transition's.
 _CHANGES: Mapping[State, str] = {
     State.PENDING: "due = :due",
     State.REGISTERED: "due = :due",
-    State.WAITING: "due = :due, attempts = attempts + 1, reason = :reason",
+    State.WAITING: f"due = :due, attempts = {_one_more('attempts')}, reason = :reason",
     State.DEAD: "due = NULL, reason = :reason",
 }
 _MORE_CHANGES: Mapping[Event, str] = {
-    Event.CHANGED: ", rounds = rounds + 1",
-    Event.RESTARTED: ", rounds = rounds + 1",
-    Event.GIVEN_UP: ", attempts = attempts + 1",
+    Event.CHANGED: f", rounds = {_one_more('rounds')}",
+    Event.RESTARTED: f", rounds = {_one_more('rounds')}",
+    Event.GIVEN_UP: f", attempts = {_one_more('attempts')}",
     Event.REFUSED: ", refused = 1",
     Event.RETRIED: ", attempts = 0, refused = 0",
 }
@@ -251,6 +262,7 @@ class Spool:
         try:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
+            self._db.execute(_KNOWN_STATES)
             states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
@@ -320,14 +332,12 @@ class Spool:
         with self._writing() as db:
             superseded = self._superseded(db)
             restarted = db.execute(
-                "UPDATE registrations SET state = 'pending', rounds = rounds + 1 WHERE state = 'registered'"
+                f"UPDATE registrations SET state = 'pending', rounds = {_one_more('rounds')} WHERE state = 'registered'"
                 " AND id NOT IN (SELECT value FROM json_each(?))",
                 (json.dumps(superseded),),
             ).rowcount
             self._move(State.REGISTERED, TRANSITIONS[State.REGISTERED, Event.RESTARTED], restarted)
-            db.execute(
-                "UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND (due IS NULL OR due > 0)"
-            )
+            db.execute("UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND due IS NOT 0")
             for (attempts,) in db.execute(
                 "SELECT DISTINCT attempts FROM registrations WHERE state = 'waiting'"
             ).fetchall():

@@ -145,6 +145,7 @@ class Database:
         echo: Whether every SQL statement is logged.
         report: Called with a line for a person when something unusual was done.
         clock: Gives unix time.
+        busy_timeout: Seconds for which a lock is waited for.
     """
 
     def __init__(
@@ -155,12 +156,14 @@ class Database:
         echo: bool,
         report: Callable[[str], None],
         clock: Callable[[], float] = time.time,
+        busy_timeout: float = _BUSY_TIMEOUT_S,
     ) -> None:
         self.path = os.path.abspath(path)
         self._create_table = create_table
         self._echo = echo
         self._report = report
         self._clock = clock
+        self._busy_timeout = busy_timeout
         self._db: sqlite3.Connection | None = None
         self._pin: int | None = None  # held open, so that no other file can get the inode of the one in use
         self.identity: tuple[int, int] | None = None
@@ -320,7 +323,7 @@ class Database:
             _refuse_garbage(self.path)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         # in autocommit, since `register` begins its own transactions, IMMEDIATE ones
-        db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
         how: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "poolclass": StaticPool, "echo": self._echo}
         try:
             engine = create_engine("sqlite://", creator=lambda: db, **how)

@@ -188,8 +188,8 @@ def test_files_outside_of_the_data_roots_are_refused_also_through_a_link(agent: 
     client = monitor.client()
     inside = [first / "x.txt", second / "x.txt", first / "in.txt", first / "across.txt"]
     with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
-        for path in inside:
-            publisher.data_file(str(path))
+        for number, path in enumerate(inside):
+            publisher.data_file(str(path), action=f"number-{number}")  # two of one name need two places in the archive
     wait_registered(monitor, [str(path) for path in inside])
 
     refused = [

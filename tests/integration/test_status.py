@@ -161,7 +161,7 @@ def test_without_a_router_spool_database_and_kernel_speak(agent: StartAgent, tmp
     assert "this is what spool, database and kernel say" in shown
     for part in (paths[-1], "listening", "0 waiting, 0 dead", "0 dropped by the kernel"):
         assert part in shown
-    wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2)])  # it goes on
+    wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2, "more")])  # it goes on
 
 
 def test_without_a_router_an_entry_that_waits_too_long_is_told(
@@ -311,7 +311,7 @@ def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) 
             return what in seen
 
         wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
-        sent = announce(monitor, tmp_path / "more", 4)
+        sent = announce(monitor, tmp_path / "more", 4, "more")
         wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
         assert sent
         watcher.send_signal(signal.SIGINT)

@@ -20,7 +20,7 @@ def clock() -> Clock:
 @pytest.fixture
 def chain(tmp_path: Path, clock: Clock) -> Iterator[Chain]:
     """A chain that has begun and found nothing to do."""
-    chain = Chain(tmp_path, clock, clock.monotonic)
+    chain = Chain(tmp_path, clock, clock.monotonic, busy_timeout=0.0)
     chain.registrar.begin()
     chain.step()
     yield chain

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from socs_monitor.checksum import checksum
 
-from socs_monitor import finder, intake
-from tests.chain import SETTLE_S, Chain, Clock, md5, write_lock
+from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.harness import wait_until
 
 
@@ -46,17 +43,6 @@ def test_a_file_that_changes_is_one_file_of_its_stream(chain: Chain, clock: Cloc
     chain.step()
     assert chain.sums() == {"a.dat": new}
     assert list(chain.stats.streams.files().values()) == [1]
-
-
-def test_one_that_vanishes_while_it_settles_keeps_its_row(chain: Chain, clock: Clock) -> None:
-    sum_ = chain.write("a.dat", b"content")
-    chain.accept("a.dat")
-    chain.step()
-    chain.path("a.dat").unlink()
-    clock.advance(SETTLE_S)
-    chain.step()
-    assert chain.sums() == {"a.dat": sum_}
-    assert chain.counts() == {"received": 1, "settled": 1}
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -114,21 +100,35 @@ def test_an_announcement_that_comes_with_the_second_look_is_the_only_one_that_ta
 def test_a_file_that_changes_while_the_database_is_locked_is_hashed_again(chain: Chain, clock: Clock) -> None:
     chain.write("a.dat", b"old")
     chain.write("b.dat", b"b")
+    chain.write("other.dat", b"other")
     chain.accept("other.dat")
     chain.step()
-    with write_lock(chain.db_path):
+
+    def change() -> None:
+        chain.write("a.dat", b"new content")
+        chain.path("b.dat").unlink()
+
+    with chain.lock_for(1, chain.db_path, change):
         chain.accept("a.dat")
         chain.accept("b.dat")
-        assert not chain.step()
-        new = chain.write("a.dat", b"new content")
-        chain.path("b.dat").unlink()
-        clock.advance(5)
-    chain.step()
-    clock.advance(0.1)
-    chain.step()
+        chain.step()
 
-    assert chain.sums() == {"a.dat": new}, "a removed file has no row that can never be copied"
-    assert chain.counts() == {"received": 3, "settling": 1, "waiting": 2}
+    assert chain.sums() == {"other.dat": md5(b"other"), "a.dat": md5(b"new content")}, "a removed file has no row"
+    assert chain.counts() == {"received": 3, "registered": 2, "waiting": 1}
+
+
+def test_a_file_that_changes_while_the_registrar_is_busy_is_hashed_again(chain: Chain, clock: Clock) -> None:
+    sums = {name: chain.write(name, b"old") for name in ("a.dat", "b.dat")}
+    for name in sums:
+        chain.accept(name)
+    chain.registrar.begin()
+    assert chain.registrar.step(0.0), "both are due in the spool, and are hashed"
+    assert chain.rows() == []
+    sums["a.dat"] = chain.write("a.dat", b"new content")
+    clock.advance(1)
+    chain.step()
+    assert chain.sums() == sums
+    assert [row["local_path"] for row in chain.rows()] == [str(chain.path(name)) for name in ("b.dat", "a.dat")]
 
 
 def test_the_same_path_three_times_in_a_batch(chain: Chain) -> None:
@@ -138,85 +138,55 @@ def test_the_same_path_three_times_in_a_batch(chain: Chain) -> None:
     chain.step()
 
     assert [row["local_md5sum"] for row in chain.rows()] == [sum_, sum_]
-    assert chain.counts() == {"received": 3, "settling": 3}
+    assert chain.counts() == {"received": 3, "registered": 3}
 
 
-def large_file(chain: Chain, megabytes: int, name: str = "large.dat") -> None:
+@pytest.fixture
+def lively(tmp_path: Path) -> Iterator[Chain]:
+    """A chain whose workers have threads."""
+    chain = Chain(tmp_path, threads=True)
+    yield chain
+    chain.crash()
+
+
+def large_file(chain: Chain, megabytes: int, name: str = "large.dat") -> str:
     """Make a sparse file."""
     chain.files.mkdir(exist_ok=True)
     with open(chain.path(name), "wb") as file:
         file.truncate(megabytes << 20)
+    return name
 
 
-def test_a_large_file_does_not_hold_up_small_ones(chain: Chain, clock: Clock) -> None:
-    large_file(chain, 256)
-    large = md5(bytes(256 << 20))
-    small = chain.write("small.dat", b"small")
-    chain.accept("large.dat")
-    chain.accept("small.dat")
-    chain.step()
-    assert chain.sums() == {"small.dat": small}
-    assert chain.counts() == {"received": 2, "settling": 1, "pending": 1}
-
-    wait_until(chain.step, 30, "the large file is hashed")
-    assert chain.sums() == {"small.dat": small, "large.dat": large}
-    clock.advance(SETTLE_S)
-    chain.step()
-    assert chain.counts() == {"received": 2, "settled": 2}
-
-
-def test_a_file_of_some_size_goes_before_the_rest_of_larger_ones(chain: Chain) -> None:
-    for number in range(4):
-        large_file(chain, 512, f"large{number}.dat")
-        chain.accept(f"large{number}.dat")
-    chain.step()
-    large_file(chain, 1, "medium.dat")
-    chain.accept("medium.dat")
-
-    wait_until(chain.step, 30, "one of them is hashed")
-    assert chain.sums() == {"medium.dat": md5(bytes(1 << 20))}
-    chain.registrar.stop()
-    chain.registrar._hashers.close()
+def test_large_files_hold_up_no_smaller_ones_however_often_they_are_announced(lively: Chain) -> None:
+    large_file(lively, 8 << 20)  # 8 TiB
+    with lively.running():
+        for number in range(300):
+            lively.accept("large.dat", action=f"act{number}")
+        sums = {large_file(lively, 20, "medium.dat"): md5(bytes(20 << 20)), "a.dat": lively.write("a.dat", b"small")}
+        for name in sums:
+            lively.accept(name)
+        wait_until(lambda: lively.sums() == sums, 60, "the others are registered")
+        assert lively.counts() == {"received": 302, "registered": 2, "pending": 300}
+    large_file(lively, 1)
+    lively.registrar.run(once=True)
+    rows = [row["local_md5sum"] for row in lively.rows() if row["local_path"].endswith("large.dat")]
+    assert rows == [md5(bytes(1 << 20))] * 300
 
 
-def test_more_than_the_queue_holds_while_a_large_file_is_hashed(
-    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(intake, "QUEUE_MAX", 10)
-    hashed: list[str] = []
-
-    def noting(path: str, *arguments: Any) -> Any:
-        found = checksum(path, *arguments)
-        hashed.extend([path] if found else [])
-        return found
-
-    monkeypatch.setattr(finder, "checksum", noting)
-    large_file(chain, 256)
-    sums = {"large.dat": md5(bytes(256 << 20))}
-    chain.accept("large.dat")
-    chain.step()
-    for number in range(15):
-        sums[f"{number}.dat"] = chain.write(f"{number}.dat", b"%d" % number)
+def test_more_than_the_queue_holds_while_large_files_are_hashed(tmp_path: Path, clock: Clock) -> None:
+    chain = Chain(tmp_path, clock, clock.monotonic, small=2, queue_max=10_000, batch=4)
+    chain.registrar.begin()
+    sums = {}
+    for number in range(40):
+        content = b"%d" % (number * 50)
+        sums[f"{number}.dat"] = chain.write(f"{number}.dat", content)
         chain.accept(f"{number}.dat")
-
-    while len(chain.sums()) < len(sums):
-        wait_until(chain.step, 30, "the next files are registered")
+    chain.step()
+    assert chain.sums() == {name: sums[name] for name in ("0.dat", "1.dat")}
+    chain.hash_large()
+    chain.step()
     assert chain.sums() == sums
     clock.advance(SETTLE_S)
-    while chain.step():
-        pass
-    assert chain.counts() == {"received": 16, "settled": 16}
-    assert sorted(hashed) == sorted(str(chain.path(name)) for name in sums), "each is hashed once"
-
-
-def test_stopping_leaves_a_large_file_for_the_next_run(tmp_path: Path) -> None:
-    chain = Chain(tmp_path)
-    large_file(chain, 4096)
-    chain.accept("large.dat")
-    with chain.running():
-        wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("hash")], 5, "it is being hashed")
-    assert chain.counts() == {"received": 1, "pending": 1}
-    large_file(chain, 2)
-    chain.registrar.run(once=True)
-    assert chain.sums() == {"large.dat": md5(bytes(2 << 20))}
+    chain.step()
+    assert chain.counts() == {"received": 40, "settled": 40}
     chain.crash()

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.emulator import data_file
-from socs_monitor.spool import file as spoolfile
-from socs_monitor.suprsync import database as suprsync
+from socs_monitor.registration.registrar import StoppedError
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 
 
@@ -48,22 +47,56 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
     chain.accept("0.dat")
     chain.step()
     said = len(chain.said)
-    with write_lock(chain.db_path):
-        for number in range(1, 5):
-            chain.write(f"{number}.dat", b"%d" % number)
-            chain.accept(f"{number}.dat")
-            assert not chain.step()
-            clock.advance(10)
-        assert chain.stats.degraded
-        assert "another process holds the write lock" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
-        assert chain.counts() == {"received": 5, "settling": 1, "pending": 4}
-    chain.step()
-    clock.advance(1)
-    chain.step()
+    number = itertools.count(1)
 
-    assert chain.sums() == {f"{number}.dat": md5(b"%d" % number) for number in range(5)}
+    def more() -> None:
+        name = f"{next(number)}.dat"
+        chain.write(name, name.encode())
+        chain.accept(name)
+        clock.advance(10)
+        reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        assert "another process holds the write lock" in reason
+        assert chain.counts()["pending"] == len(chain.waits) + 1
+
+    chain.write("first.dat", b"first")
+    chain.accept("first.dat")
+    with chain.lock_for(12, chain.db_path, more):
+        chain.step()
+
+    names = {f"{number}.dat" for number in range(1, 13)}
+    assert chain.sums() == {
+        "0.dat": md5(b"0"),
+        "first.dat": md5(b"first"),
+        **{name: md5(name.encode()) for name in names},
+    }
     assert not chain.stats.degraded
-    assert [level for level, _ in chain.said[said:]] == ["error", "info", "info", "info"], chain.said[said:]
+    assert chain.stats.writes.errors == 12
+    assert [level for level, _ in chain.said[said:]] == ["error", "info", "info"], chain.said[said:]
+
+
+def test_a_lock_is_tried_again_ever_more_rarely_and_every_one_to_two_seconds_in_the_end(chain: Chain) -> None:
+    chain.write("0.dat", b"0")
+    chain.accept("0.dat")
+    chain.step()
+    for path in (chain.db_path, chain.spool_path):
+        chain.waits.clear()
+        chain.write("a.dat", b"a")
+        chain.accept("a.dat")
+        with chain.lock_for(20, path):
+            chain.step()
+        assert chain.waits[0] <= 0.05
+        assert all(1.0 <= wait <= 2.0 for wait in chain.waits[6:])
+
+
+def test_a_stop_while_the_database_is_locked_loses_nothing(chain: Chain) -> None:
+    sum_ = chain.write("a.dat", b"a")
+    chain.accept("a.dat")
+    with write_lock(chain.db_path), pytest.raises(StoppedError):
+        chain.step()
+    assert chain.counts() == {"received": 1, "pending": 1}
+    chain.registrar.begin()
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
 
 
 def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
@@ -79,59 +112,38 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
             raise OSError(errno.EIO, "Input/output error")
         sync(journal)
 
+    def reason_is_shown() -> bool:
+        reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        assert "cannot be synced: [Errno 5] Input/output error; the disk fails or is full" in reason
+        return True
+
     monkeypatch.setattr(os, "fdatasync", synced)
+    chain.locked = reason_is_shown
     chain.write("a.dat", b"a")
     chain.accept("a.dat")
     chain.step()
     assert not held, "a commit waits for no disk"
     clock.advance(SETTLE_S + 0.5)
     chain.step()
-    reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
-    assert "cannot be synced: [Errno 5] Input/output error; the disk fails or is full" in reason
-    clock.advance(2)
-    chain.step()
 
-    assert held == [{"received": 1, "settling": 1}] * 2
+    assert held == [{"received": 1, "registered": 1}] * 2
     assert chain.counts() == {"received": 1, "settled": 1}
     assert not chain.stats.degraded
 
 
-def test_a_locked_database_is_tried_every_one_to_two_seconds(
-    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(suprsync, "_BUSY_TIMEOUT_S", 0.0)
-    register = chain.database.register
-    tries: list[float] = []
-    monkeypatch.setattr(chain.database, "register", lambda files: (tries.append(clock.now), register(files)))
-    chain.write("a.dat", b"a")
-    chain.accept("a.dat")
-    with write_lock(chain.db_path):
-        for _ in range(600):
-            chain.registrar.step(0.0)
-            clock.advance(0.1)
-    assert tries[1] - tries[0] < 0.2
-    assert all(0.9 < later - earlier < 2.2 for earlier, later in itertools.pairwise(tries[7:]))
+def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clock: Clock) -> None:
+    def row_is_there() -> None:
+        assert chain.sums() == {"a.dat": sum_}
+        assert chain.counts() == {"received": 1, "pending": 1}
+        chain.accept("b.dat")  # finds the spool locked
+        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool entries"}
 
-
-def test_a_spool_that_fails_after_the_commit_is_told_later(
-    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.05)
-    chain.reopen()
-    chain.step()
     sum_ = chain.write("a.dat", b"a")
     chain.accept("a.dat")
-    with write_lock(chain.spool_path):
-        chain.accept("b.dat")  # finds the spool locked
-        assert chain.registrar.step(0.0)
-        assert chain.sums() == {"a.dat": sum_}
-        for _ in range(3):
-            clock.advance(10)
-            assert not chain.registrar.step(0.0), "it has settled, and the spool was not told"
-        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool entries"}
-        assert chain.counts() == {"received": 1, "settling": 1}
+    with chain.lock_for(1, chain.spool_path, row_is_there):
+        chain.step()
     chain.intake.flush()
-    clock.advance(10)
+    clock.advance(SETTLE_S)
     chain.step()
 
     assert not chain.stats.degraded
@@ -140,7 +152,7 @@ def test_a_spool_that_fails_after_the_commit_is_told_later(
 
 
 @pytest.mark.parametrize("garbage", [b"garbage" * 1000, b"short"])
-def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, clock: Clock, garbage: bytes) -> None:
+def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, garbage: bytes) -> None:
     chain.write("0.dat", b"0")
     chain.accept("0.dat")
     chain.step()
@@ -152,14 +164,16 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, clock: Clock
     chain.registrar.begin()
     sum_ = chain.write("1.dat", b"1")
     chain.accept("1.dat")
-    for _ in range(3):
-        assert not chain.step()
-        clock.advance(10)
-    assert chain.db_path.read_bytes() == garbage
-    assert "no SQLite database" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
 
-    chain.db_path.unlink()
-    chain.db_path.write_bytes(saved)
+    def restore() -> bool:
+        assert "no SQLite database" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        assert chain.db_path.read_bytes() == garbage
+        if len(chain.waits) == 3:
+            chain.db_path.unlink()
+            chain.db_path.write_bytes(saved)
+        return True
+
+    chain.locked = restore
     chain.step()
     assert chain.sums() == {"0.dat": md5(b"0"), "1.dat": sum_}
     assert not chain.stats.degraded
@@ -178,7 +192,7 @@ def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, c
     clock.advance(SETTLE_S)
     chain.step()
     assert chain.sums() == {"a.dat": sum_}
-    clock.advance(SETTLE_S)
+    clock.advance(2 * SETTLE_S)
     chain.step()
     assert chain.counts() == {"received": 1, "settled": 1}
 
@@ -195,7 +209,7 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     chain.step()
 
     assert chain.sums() == {name: md5(name.encode()) for name in ("a.dat", "b.dat", "c.dat")}
-    clock.advance(SETTLE_S)
+    clock.advance(2 * SETTLE_S)
     chain.step()
     assert chain.counts() == {"received": 3, "settled": 3}
 
