@@ -194,14 +194,16 @@ class Reading:
     Args:
         path: The file.
         access: What may be opened.
+        slice_size: Bytes of a slice.
 
     Attributes:
         read (int): Number of bytes read so far, of all attempts.
     """
 
-    def __init__(self, path: str, access: Access) -> None:
+    def __init__(self, path: str, access: Access, slice_size: int = SLICE) -> None:
         self.path = path
         self.read = 0
+        self._slice_size = slice_size
         self._access = access
         self._begin()
 
@@ -230,8 +232,8 @@ class Reading:
             if self._first is None:
                 self._first = status
             os.lseek(file, self._offset, os.SEEK_SET)
-            os.posix_fadvise(file, self._offset, SLICE, os.POSIX_FADV_SEQUENTIAL)
-            end = self._offset + SLICE
+            os.posix_fadvise(file, self._offset, self._slice_size, os.POSIX_FADV_SEQUENTIAL)
+            end = self._offset + self._slice_size
             while self._offset < end:
                 chunk = os.read(file, _CHUNK)
                 if not chunk:

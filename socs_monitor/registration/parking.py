@@ -54,8 +54,9 @@ class Parking:
         return list(self._folders)
 
     def covers(self, path: str) -> bool:
-        """Whether a path is in a parked folder."""
-        return any(f"{path}/".startswith(f"{folder.rstrip('/')}/") for folder in self.folders)
+        """Whether a path, however it is spelled, is in a parked folder."""
+        spellings = f"{path}/", f"{os.path.normpath(path)}/"
+        return any(spelling.startswith(f"{folder.rstrip('/')}/") for folder in self.folders for spelling in spellings)
 
     def park(self, path: str, now: float) -> str:
         """Park the folder of a path at which a call hangs, and return it.

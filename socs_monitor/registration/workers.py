@@ -26,6 +26,7 @@ from socs_monitor import archive
 from socs_monitor.archive import ArchiveError
 from socs_monitor.messages import brief
 from socs_monitor.registration.checksum import (
+    SLICE,
     Access,
     Checksum,
     FileRefusedError,
@@ -183,6 +184,7 @@ class Workers:
         spawn: Starts a daemon thread.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         small: Bytes up to which the quick worker hashes files.
+        slice_size: Bytes of a larger file that are read at a time.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Workers:
         spawn: Spawn = start_thread,
         monotonic: Callable[[], float] = time.monotonic,
         small: int = SMALL,
+        slice_size: int = SLICE,
     ) -> None:
         self._access = Access(policy.data_roots, policy.own)
         self._parking = parking
@@ -201,6 +204,7 @@ class Workers:
         self._spawn = spawn
         self._monotonic = monotonic
         self._small = small
+        self._slice_size = slice_size
         self._closed = False
         self._lock = threading.Lock()
         self._results: deque[Result] = deque()
@@ -268,22 +272,21 @@ class Workers:
         self._parking.probe(now)
 
     def _abandon(self, worker: _Worker, now: float) -> None:
-        results: list[Result] = []
         with self._lock:
-            if (path := worker.path) is None:
+            batch, shared = worker.batch, worker.shared
+            done = list(batch.results) if batch is not None else []  # it may come back at any moment, and add to them
+            left = batch.tasks[len(done) :] if batch is not None else []
+            if not left and shared is None:
                 return  # it has come back just now
             worker.abandoned = True
             self._workers.remove(worker)
-            batch, shared = worker.batch, worker.shared
-            worker.folder = self._parking.park(path, now)
+            worker.folder = self._parking.park(shared.reading.path if shared is not None else _path_of(left[0]), now)
             if shared is not None:
                 del self._shared[shared.reading.path]
         if batch is not None:
-            done = list(batch.results)
-            hanging, *rest = batch.tasks[len(done) :]
-            results = [result for result in (*done, _failure(hanging, HANGS)) if result is not None]
+            results = [result for result in (*done, _failure(left[0], HANGS)) if result is not None]
             self._finish(batch, results, len(done) + 1)
-            self._batches.put(_Batch(rest, batch.deliver))
+            self._batches.put(_Batch(left[1:], batch.deliver))
             self._start(self._quick, "quick")
         elif shared is not None:
             self._give(shared, FailedLarge(shared.ids, HANGS))
@@ -375,7 +378,7 @@ class Workers:
         with self._lock:
             shared = self._shared.get(path)
             if shared is None:
-                shared = self._shared[path] = _Shared(Reading(path, self._access))
+                shared = self._shared[path] = _Shared(Reading(path, self._access, self._slice_size))
                 heapq.heappush(self._heap, (0, next(self._serial), shared))
                 self._large.release()
             if isinstance(who, int):
@@ -396,6 +399,7 @@ class Workers:
                 return
             _, _, shared = heapq.heappop(self._heap)
             worker.shared = shared
+            worker.progress += 1
         result = self._read(worker, shared)
         with self._lock:
             if worker.abandoned:
