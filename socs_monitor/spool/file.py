@@ -8,11 +8,10 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     id        in the order of arrival, never used twice
     state     one of `states.STORED`
     received  unix time of acceptance
-    due       seconds of CLOCK_MONOTONIC, so of no meaning after a reboot; unix time as an earlier version left it
     sender    host:port
     message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
     attempts  number of failed attempts to read its file
-    rounds   number of times that its file had changed after its row was committed
+    rounds    number of times that its file had changed after its row was committed
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
               is dead. A start assigns it anew, since that clock begins again with each boot
     reason    why it waits or is dead

@@ -1,4 +1,4 @@
-"""The spool: every accepted registration until its row is safe, and the only place that rounds a registration's state.
+"""The spool: every accepted registration until its row is safe, and the only place that changes a registration's state.
 
 What the file looks like is in `file`, the states and transitions in `states`. What is promised:
 
@@ -83,7 +83,7 @@ def _one_more(column: str) -> str:
     return f"min({column}, 1000000) + 1"
 
 
-# How a transition to each state rounds a row: `:due` and `:reason` are the transition's.
+# How a transition to each state changes a row: `:due` and `:reason` are the transition's.
 _CHANGES: Mapping[State, str] = {
     State.PENDING: "due = :due",
     State.REGISTERED: "due = :due",
@@ -103,8 +103,8 @@ def _statement(origin: State, event: Event, target: State) -> str:
     where = f"WHERE state = '{origin}' AND id IN (SELECT value FROM json_each(:ids))"
     if target not in STORED:
         return f"DELETE FROM registrations {where}"
-    rounds = _CHANGES[target] + _MORE_CHANGES.get(event, "")
-    return f"UPDATE registrations SET state = '{target}', {rounds} {where}"
+    changes = _CHANGES[target] + _MORE_CHANGES.get(event, "")
+    return f"UPDATE registrations SET state = '{target}', {changes} {where}"
 
 
 _STATEMENTS = {(origin, event): _statement(origin, event, target) for (origin, event), target in TRANSITIONS.items()}
