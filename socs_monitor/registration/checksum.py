@@ -63,7 +63,7 @@ def check_path(path: str, roots: tuple[str, ...]) -> None:
     Raises:
         FileRefusedError: If it does not.
     """
-    if roots:
+    if roots and (not path.startswith(_below(roots)) or "/../" in path):
         normal = os.path.normpath(path)
         if normal.startswith("//"):  # the only ones that it keeps
             normal = normal[1:]
@@ -138,18 +138,28 @@ def _kind(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), "something else")
 
 
-def present_fingerprint(path: str, access: Access) -> int:
+def present_fingerprint(path: str, access: Access, folders: dict[str, bool]) -> int:
     """Return the fingerprint of a file as it is now.
+
+    Args:
+        path: The file.
+        access: What may be opened.
+        folders: For folders that were resolved a moment ago, whether they are below the data roots; filled here. Most
+            files of a batch lie in few folders, and to resolve each path costs five times as much.
 
     Raises:
         FileRefusedError: If the path names something that is never opened.
         OSError: If the file is missing or cannot be looked up.
     """
-    if not access.roots:  # nothing to resolve: a third of the cost
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
-        return fingerprint(status)
+    folder = path.rpartition("/")[0]
+    if (inside := folders.get(folder)) is None:
+        roots = access.roots
+        inside = not roots or f"{os.path.realpath(folder)}/".startswith(_below(_resolved(roots)))
+        folders[folder] = inside
+    if inside:
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode):
+            return fingerprint(status)
     handle, status = _find(path, access)
     os.close(handle)
     return fingerprint(status)

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from socs_monitor import crashpoint, events
 from socs_monitor.archive import ArchiveError
@@ -67,15 +67,6 @@ _FRESH_S = 0.5
 
 class StoppedError(Exception):
     """`run` was stopped while a write was retried; the spool still has what was in hand."""
-
-
-class _Registered(NamedTuple):
-    """A registered file until its re-check; `before` are earlier registrations of its path, which it takes care of."""
-
-    path: str
-    fingerprint: int
-    rounds: int
-    before: tuple[int, ...]
 
 
 class Registrar:
@@ -164,7 +155,7 @@ class Registrar:
         """
         self.workers = self._make_workers(self._policy, self._parking, self._queue.wake)
         self._hashing = self.workers
-        self._registered: dict[int, _Registered] = {}
+        self._registered: dict[int, Recheck] = {}  # by id, until the re-check
         self._latest: dict[str, int] = {}  # by path, the last registered of `_registered`
         self._backoff_s = _BACKOFF_FIRST_S
         self._waited = self._monotonic()  # when the queue was last waited for
@@ -279,20 +270,21 @@ class Registrar:
         self._stats.repeated("error", "unforeseen", text, traceback=traceback.format_exc())
 
     def _culprit(self, result: Result, reason: str) -> list[Transition]:
-        if isinstance(result, Rechecked):
-            return [Transition(State.REGISTERED, Event.REFUSED, [result.id], reason=brief(reason))]
+        if isinstance(result, (Recheck, Rechecked)):
+            due = self._monotonic() + lookup.RECHECK_MAX_S
+            return [Transition(State.REGISTERED, Event.UNREADABLE, [result.id], due, brief(reason))]
         ids = result.ids if isinstance(result, (HashedLarge, FailedLarge)) else [result.registration.id]
-        return [Transition(State.PENDING, Event.REFUSED, ids, reason=brief(reason))]
+        return [Transition(State.PENDING, Event.GIVEN_UP, ids, reason=brief(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
         transitions: list[Transition] = []
         hashed: list[Hashed] = []
         failed: list[Failed] = []
-        rechecked: list[Rechecked] = []
+        rechecked: list[Recheck | Rechecked] = []
         for result in results:
             if isinstance(result, Hashed):
                 hashed.append(result)
-            elif isinstance(result, Rechecked):
+            elif isinstance(result, (Recheck, Rechecked)):
                 rechecked.append(result)
             elif isinstance(result, Failed):
                 failed.append(result)
@@ -359,18 +351,16 @@ class Registrar:
                 self._database_identity = self._database.identity
             written = hashed[: len(outcomes)]
             hashed = hashed[len(outcomes) :]
-            refusals = [outcome.refusal for outcome in outcomes]
-            refused += [
-                Failed(one.registration, brief(reason), refused=True)
-                for one, reason in zip(written, refusals, strict=True)
-                if reason is not None
-            ]
-            first = [
-                one.registration["pub_id"]
-                for one, outcome in zip(written, outcomes, strict=True)
-                if outcome.changed and not one.registration.rounds
-            ]
-            registered = [one for one, reason in zip(written, refusals, strict=True) if reason is None]
+            first: list[str] = []
+            registered: list[Hashed] = []
+            for one, (changed, refusal) in zip(written, outcomes, strict=True):
+                registration = one.registration
+                if refusal is not None:
+                    refused.append(Failed(registration, brief(refusal), refused=True))
+                    continue
+                registered.append(one)
+                if changed and not registration.rounds:
+                    first.append(registration["pub_id"])
             if registered:
                 self._stats.registered(len(registered), first, registered[-1].file.entry.local_path)
                 transitions += self._committed(registered)
@@ -419,7 +409,7 @@ class Registrar:
             if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
                 before = (*self._registered[former].before, former)
             self._latest[path] = id_
-            self._registered[id_] = _Registered(path, fingerprint, rounds, before)
+            self._registered[id_] = Recheck(id_, path, fingerprint, before)
             by_rounds.setdefault(rounds, []).append(id_)
             if self._debug is not None:
                 where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
@@ -508,7 +498,7 @@ class Registrar:
         for row in due:
             if row.state == State.REGISTERED:
                 if (known := self._registered.get(row.id)) is not None:
-                    tasks.append(Recheck(row.id, known.path, known.fingerprint))
+                    tasks.append(known)
                 else:
                     unknown.append(row.id)
         tasks += self._parsed([row for row in due if row.message is not None], failed)
@@ -536,7 +526,7 @@ class Registrar:
             ),
         ]
 
-    def _conclude(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
+    def _conclude(self, rechecked: Sequence[Recheck | Rechecked]) -> list[Transition]:
         """Settle registered files that are as they were hashed, and register again those that changed."""
         if self._database.is_replaced() or self._database.identity != self._database_identity:
             return [self._restart_registered()]
@@ -546,15 +536,18 @@ class Registrar:
             id_ = result.id
             if (known := self._registered.get(id_)) is None:
                 continue
+            if isinstance(result, Recheck):
+                if result is known:
+                    by_event.setdefault(Event.UNCHANGED, []).extend((id_, *known.before))
+                continue  # it is forgotten below
             if result.refusal is not None:
                 transitions.append(self._refuse(id_, result.refusal))
             elif result.error is not None:
                 due = self._monotonic() + lookup.RECHECK_MAX_S
                 transitions.append(Transition(State.REGISTERED, Event.UNREADABLE, [id_], due, result.error))
                 continue
-            elif not result.changed:
-                event = Event.MISSING if result.missing else Event.UNCHANGED
-                by_event.setdefault(event, []).extend((id_, *known.before))
+            elif result.missing:
+                by_event.setdefault(Event.MISSING, []).extend((id_, *known.before))
             elif self._latest.get(known.path) != id_:
                 by_event.setdefault(Event.SUPERSEDED, []).append(id_)
             else:

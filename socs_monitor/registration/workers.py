@@ -94,18 +94,28 @@ class FailedLarge(NamedTuple):
 
 
 class Recheck(NamedTuple):
-    """The task to check a registered file again; `fingerprint` is from when it was hashed."""
+    """The task to check a registered file again.
+
+    Attributes:
+        id: The registration.
+        path: The file.
+        fingerprint: From when it was hashed.
+        before: Earlier registrations of its path, which this one takes care of.
+    """
 
     id: int
     path: str
     fingerprint: int
+    before: tuple[int, ...] = ()
 
 
 class Rechecked(NamedTuple):
-    """What a re-check found. With neither `refusal` nor `error`, the file is there, or `missing`."""
+    """What a re-check found, unless the file is unchanged: then the result is the task itself.
+
+    With neither `refusal` nor `error`, the file changed, or is `missing`.
+    """
 
     id: int
-    changed: bool = False
     missing: bool = False
     refusal: str | None = None
     error: str | None = None
@@ -126,7 +136,7 @@ class Hash(NamedTuple):
 
 Spawn: TypeAlias = Callable[[Callable[[], None], str], None]
 Task: TypeAlias = Registration | Recheck | Verify | Hash
-Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Rechecked
+Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Recheck | Rechecked
 
 
 def start_thread(work: Callable[[], None], name: str) -> None:
@@ -303,11 +313,12 @@ class Workers:
     def _do(self, worker: _Worker, batch: _Batch) -> None:
         worker.batch = batch
         results = batch.results
+        folders: dict[str, bool] = {}
         for task in batch.tasks:
             if self._closed or worker.abandoned:
                 break
             parked = self._parking and self._parking.covers(_path_of(task))
-            result = _failure(task, HANGS) if parked else self._attempt(task)
+            result = _failure(task, HANGS) if parked else self._attempt(task, folders)
             results.append(result)
             worker.progress += 1
         with self._lock:
@@ -322,15 +333,15 @@ class Workers:
             self._tasks -= tasks
         self._wake()
 
-    def _attempt(self, task: Task) -> Result | None:
+    def _attempt(self, task: Task, folders: dict[str, bool]) -> Result | None:
         """Do a task; whatever it raises is its own failure. None where a large file is to be read."""
         try:
             if isinstance(task, Registration):
                 return self._look_up(task)
             if isinstance(task, Recheck):
-                return self._recheck(task)
+                return self._recheck(task, folders)
             if isinstance(task, Verify):
-                return self._verify(task.hashed)
+                return self._verify(task.hashed, folders)
             self._share(task.path, task.deliver)
             return None
         except ArchiveError as error:
@@ -356,15 +367,15 @@ class Workers:
             return None
         raise missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def _recheck(self, task: Recheck) -> Rechecked:
+    def _recheck(self, task: Recheck, folders: dict[str, bool]) -> Recheck | Rechecked:
         try:
-            now = present_fingerprint(task.path, self._access)
+            now = present_fingerprint(task.path, self._access, folders)
         except (FileNotFoundError, NotADirectoryError):
             return Rechecked(task.id, missing=True)
-        return Rechecked(task.id, changed=now != task.fingerprint)
+        return task if now == task.fingerprint else Rechecked(task.id)
 
-    def _verify(self, hashed: Hashed) -> Result:
-        if present_fingerprint(hashed.file.entry.local_path, self._access) == hashed.fingerprint:
+    def _verify(self, hashed: Hashed, folders: dict[str, bool]) -> Result:
+        if present_fingerprint(hashed.file.entry.local_path, self._access, folders) == hashed.fingerprint:
             return hashed
         return Failed(hashed.registration, "the file changed")
 

@@ -58,8 +58,6 @@ _RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is ta
 
 BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
 
-_OPEN = f"state IN ('{State.PENDING}', '{State.WAITING}')"
-
 _SCHEMA = f"""
 CREATE TABLE registrations (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -74,7 +72,7 @@ CREATE TABLE registrations (
     refused INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX due ON registrations (due) WHERE due IS NOT NULL;
-CREATE INDEX unregistered ON registrations (id) WHERE {_OPEN};
+CREATE INDEX pending ON registrations (id) WHERE state = '{State.PENDING}';
 CREATE INDEX dead ON registrations (refused DESC, id) WHERE state = '{State.DEAD}';
 PRAGMA user_version = {VERSION};
 """
@@ -89,8 +87,7 @@ DROP TABLE former;
 """
 
 OLDEST_PENDING = (
-    f"SELECT id, received FROM registrations INDEXED BY unregistered WHERE {_OPEN} AND state = '{State.PENDING}'"
-    " ORDER BY id LIMIT 1"
+    f"SELECT id, received FROM registrations INDEXED BY pending WHERE state = '{State.PENDING}' ORDER BY id LIMIT 1"
 )
 
 

@@ -53,12 +53,11 @@ _ROWS = (50, 15, 1)
 _ACCEPT_HELD = {rows: _insert(rows, "", "") for rows in _ROWS}
 _ACCEPT_DUE = {rows: _insert(rows, ", due", ", 0") for rows in _ROWS}
 
+_STATES = tuple(str(state) for state in STORED)
 # A state that this version does not have is as good as none.
-_KNOWN_STATES = (
-    f"UPDATE registrations SET state = '{State.PENDING}' WHERE state NOT IN ({', '.join(map(repr, map(str, STORED)))})"
-)
+_KNOWN_STATES = f"UPDATE registrations SET state = '{State.PENDING}' WHERE state NOT IN {_STATES}"
 
-_BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
+_BY_STATE = f"SELECT iif(state IN {_STATES}, state, '{State.PENDING}'), count(*) FROM registrations GROUP BY 1"
 
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
@@ -262,7 +261,6 @@ class Spool:
         try:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
-            self._db.execute(_KNOWN_STATES)
             states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
@@ -330,6 +328,7 @@ class Spool:
             retry_at: Gives, for a number of failed attempts, when to try again (seconds of CLOCK_MONOTONIC).
         """
         with self._writing() as db:
+            db.execute(_KNOWN_STATES)
             superseded = self._superseded(db)
             restarted = db.execute(
                 f"UPDATE registrations SET state = 'pending', rounds = {_one_more('rounds')} WHERE state = 'registered'"

@@ -113,7 +113,7 @@ class Bench:
         """What a file would be, had it been hashed now."""
         registration = self.registration(name, id_)
         entry = next(iter(candidates(registration)))
-        return Hashed(registration, HashedFile(entry, "sum"), present_fingerprint(self.path(name), self.access))
+        return Hashed(registration, HashedFile(entry, "sum"), present_fingerprint(self.path(name), self.access, {}))
 
     def submit(self, *tasks: Task) -> None:
         self.workers.submit(tasks)
@@ -168,8 +168,8 @@ def reasons(results: list[Result]) -> dict[int, str | None]:
     for result in results:
         if isinstance(result, (HashedLarge, FailedLarge)):
             found.update(dict.fromkeys(result.ids, result.reason if isinstance(result, FailedLarge) else None))
-        elif isinstance(result, Rechecked):
-            found[result.id] = result.refusal or result.error
+        elif isinstance(result, (Recheck, Rechecked)):
+            found[result.id] = (result.refusal or result.error) if isinstance(result, Rechecked) else None
         else:
             found[result.registration.id] = result.reason if isinstance(result, Failed) else None
     return found
@@ -227,11 +227,19 @@ def test_an_unexpected_error_is_that_of_one_registration(
             raise error
         return find(path, access)
 
+    look = os.lstat
+
+    def failing_look(path: str) -> os.stat_result:
+        if path.endswith("bad"):
+            raise error
+        return look(path)
+
     for name in ("before", "bad", "after"):
         bench.write(name, b"x" * size)
-    fingerprint = present_fingerprint(bench.path("bad"), bench.access)
+    fingerprint = present_fingerprint(bench.path("bad"), bench.access, {})
     verified = bench.hashed("bad", 4)
     monkeypatch.setattr(checksum, "_find", failing)
+    monkeypatch.setattr(os, "lstat", lambda path: failing_look(str(path)))
     tasks = [bench.registration(name, number) for number, name in enumerate(("before", "bad", "after"))]
     bench.submit(*tasks, Recheck(3, bench.path("bad"), fingerprint), Verify(verified))
     found = reasons(bench.wait(5))
@@ -245,7 +253,7 @@ def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
     fingerprints = {}
     for name in ("same", "changed", "replaced", "gone", "folder", "loop"):
         bench.write(name)
-        fingerprints[name] = present_fingerprint(bench.path(name), bench.access)
+        fingerprints[name] = present_fingerprint(bench.path(name), bench.access, {})
     bench.write("changed")
     bench.write("new")
     os.rename(bench.path("new"), bench.path("replaced"))
@@ -255,7 +263,8 @@ def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
     os.symlink("loop", bench.path("loop"))
     bench.submit(*(Recheck(id_, bench.path(name), fingerprints[name]) for id_, name in enumerate(fingerprints)))
     *first, folder, loop = bench.wait(6)
-    assert first == [Rechecked(0), Rechecked(1, changed=True), Rechecked(2, changed=True), Rechecked(3, missing=True)]
+    unchanged = Recheck(0, bench.path("same"), fingerprints["same"])
+    assert first == [unchanged, Rechecked(1), Rechecked(2), Rechecked(3, missing=True)]
     assert isinstance(folder, Rechecked)
     assert "a directory" in str(folder.refusal)
     assert isinstance(loop, Rechecked)
@@ -322,7 +331,7 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     assert answers.get(timeout=20) == result
     if isinstance(result, HashedLarge):
         assert (result.path, result.md5) == (path, sum_)
-        assert result.fingerprint == present_fingerprint(path, bench.access)
+        assert result.fingerprint == present_fingerprint(path, bench.access, {})
     else:
         assert result.missing
         assert "No such file" in result.reason
