@@ -249,13 +249,14 @@ class Workers:
         if tasks:
             with self._lock:
                 self._tasks += len(tasks)
-            self._batches.put(_Batch(tasks, deliver or self._deliver))
+            self._batches.put(_Batch(tasks, deliver or self.deliver))
 
     def take(self) -> list[Result]:
         """Return the results since the last call."""
         return [self._results.popleft() for _ in range(len(self._results))]
 
-    def _deliver(self, results: Sequence[Result]) -> None:
+    def deliver(self, results: Sequence[Result]) -> None:
+        """Add results for `take`. Any thread may call it."""
         self._results.extend(results)
         self._wake()
 
@@ -436,7 +437,7 @@ class Workers:
         for deliver in shared.deliver:
             deliver(result)
         if shared.ids:
-            self._deliver([result])
+            self.deliver([result])
 
 
 def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import sqlite3
 import time
@@ -57,6 +58,9 @@ _JOURNAL_PAGES = 16_384
 _RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is taken, try once more
 
 BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
+
+# A row whose text was damaged on the disk must be readable as any other, or none beside it is.
+_decode = functools.partial(str, encoding="utf-8", errors="replace")
 
 _OPEN = f"state IN ('{State.PENDING}', '{State.WAITING}')"
 
@@ -154,6 +158,7 @@ def connect(path: str, busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connecti
         sqlite3.Error: If the file cannot be opened.
     """
     db = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
+    db.text_factory = _decode
     db.execute(f"PRAGMA page_size = {_PAGE}")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")

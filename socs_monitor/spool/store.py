@@ -319,9 +319,7 @@ class Spool:
                 (json.dumps(superseded),),
             ).rowcount
             self._move(State.REGISTERED, TRANSITIONS[State.REGISTERED, Event.RESTARTED], restarted)
-            db.execute(
-                "UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND (due IS NULL OR due > 0)"
-            )
+            db.execute("UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND due IS NOT 0")
             for (attempts,) in db.execute(
                 "SELECT DISTINCT attempts FROM registrations WHERE state = 'waiting'"
             ).fetchall():
