@@ -63,6 +63,7 @@ class Report:
         self._begin = monotonic()
         self._dropped = 0
         self._lines_dropped = 0
+        self._crowded_out = spool.crowded_out
         self.receiver: Receiver | None = None
         self.log: LogPipe | None = None
 
@@ -74,6 +75,7 @@ class Report:
             self._look_at_socket(self.receiver)
         self._look_at_spool()
         self._look_at_oldest()
+        self._look_at_dead_letters()
         if self.log is not None:
             self._look_at_log(self.log)
 
@@ -134,6 +136,16 @@ class Report:
             )
         else:
             self._stats.cured("oldest", "registrations get their rows in time again")
+
+    def _look_at_dead_letters(self) -> None:
+        """Report dead letters that were discarded for lack of room."""
+        if discarded := self._spool.crowded_out - self._crowded_out:
+            self._crowded_out += discarded
+            text = (
+                f"discarded {discarded} dead letters because there is no room for more, refused ones first, then the"
+                " oldest. Look at the others, and discard them: socs-monitor failed list"
+            )
+            self._stats.repeated("warn", "dead_letters", text, discarded=discarded)
 
     def _look_at_log(self, log: LogPipe) -> None:
         """Report lines that were dropped, as soon as the log is read again."""

@@ -110,6 +110,7 @@ class Chain:
         queue_max: Bytes that registrations on the queue take at most.
         batch: Number of registrations taken at a time.
         busy_timeout: Seconds for which a lock is waited for; None for those of the agent.
+        limits: Others of the spool.
 
     Attributes:
         locked: Called while the registrar waits for the database or the spool in a step. If it returns False, `step`
@@ -130,7 +131,9 @@ class Chain:
         queue_max: int = QUEUE_MAX,
         batch: int = BATCH,
         busy_timeout: float | None = None,
+        **limits: Any,
     ) -> None:
+        self.limits = limits if threads else {"reserve": 0, **limits}
         self._threads = threads
         self._queue_max = queue_max
         self._batch = batch
@@ -151,7 +154,8 @@ class Chain:
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
         self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
-        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), reserve=0, **self._timeout)
+        limits = {**self.limits, **self._timeout}
+        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **limits)
         self.queue = FileQueue(self._queue_max)
         self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic, batch=self._batch)
         self.database = Database(

@@ -65,6 +65,8 @@ def check_path(path: str, roots: tuple[str, ...]) -> None:
     """
     if roots:
         normal = os.path.normpath(path)
+        if normal.startswith("//"):  # the only ones that it keeps
+            normal = normal[1:]
         if not normal.startswith(_below(roots)) and not normal.startswith(_below(_resolved(roots))):
             raise FileRefusedError(f"{path} is outside of the data roots {', '.join(roots)}")
 
@@ -154,7 +156,7 @@ def present_fingerprint(path: str, access: Access) -> int:
 
 
 def checksum(path: str, access: Access, max_bytes: int) -> Checksum | None:
-    """Hash a small file.
+    """Hash a small file by one read.
 
     Args:
         path: The file.
@@ -162,7 +164,7 @@ def checksum(path: str, access: Access, max_bytes: int) -> Checksum | None:
         max_bytes: A larger file is left alone.
 
     Returns:
-        The sum, or None for a file larger than `max_bytes`.
+        The sum, or None for a file larger than `max_bytes`, or one that has to be read by `Reading`.
 
     Raises:
         FileRefusedError: If the path names something that is never opened.
@@ -173,10 +175,11 @@ def checksum(path: str, access: Access, max_bytes: int) -> Checksum | None:
         size = status.st_size
         if size > max_bytes:
             return None
-        # one byte more than there should be: getting fewer tells that this was all
+        # asked for one byte more than there should be: anything but the size means that the file changes, or that its
+        # file system hands out less than it is asked for (FUSE and network file systems may)
         content = os.read(file, size + 1)
-        if len(content) > size:
-            return None  # it grows
+        if len(content) != size:
+            return None
         return Checksum(hashlib.md5(content, usedforsecurity=False).hexdigest(), fingerprint(status))
     finally:
         os.close(file)

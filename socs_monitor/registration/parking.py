@@ -70,7 +70,7 @@ class Parking:
         base = root.rstrip("/") + "/"
         with self._lock:
             hanging = sum(folder.root == root for folder in self._folders.values())
-            whole = bool(self._roots) and hanging + 1 >= MAX_FOLDERS
+            whole = root in self._roots and hanging + 1 >= MAX_FOLDERS
             name = root if whole else base + normal.removeprefix(base).partition("/")[0]
             self._folders.setdefault(name, _Folder(root, path, now + self._probe_s))
         return name

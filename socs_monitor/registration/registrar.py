@@ -365,14 +365,14 @@ class Registrar:
                 for one, reason in zip(written, refusals, strict=True)
                 if reason is not None
             ]
-            changed = [
+            first = [
                 one.registration["pub_id"]
                 for one, outcome in zip(written, outcomes, strict=True)
                 if outcome.changed and not one.registration.rounds
             ]
             registered = [one for one, reason in zip(written, refusals, strict=True) if reason is None]
             if registered:
-                self._stats.registered(len(registered), changed, registered[-1].file.entry.local_path)
+                self._stats.registered(len(registered), first, registered[-1].file.entry.local_path)
                 transitions += self._committed(registered)
         return refused
 
@@ -514,7 +514,7 @@ class Registrar:
         tasks += self._parsed([row for row in due if row.message is not None], failed)
         self.workers.submit(tasks)
         if failed or unknown:
-            self.workers.deliver([*failed, *unknown])
+            self.workers.add([*failed, *unknown])
 
     def _conclude_unknown(self, ids: Sequence[int]) -> list[Transition]:
         """Conclude registered files that a former run left behind, and whose path was announced again later.

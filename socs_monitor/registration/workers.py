@@ -245,18 +245,18 @@ class Workers:
         return bool(self._tasks or self._shared or self._results)
 
     def submit(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None] | None = None) -> None:
-        """Have tasks done, in order; the results go to `deliver`, called by a thread, or to `take`."""
+        """Have tasks done, in order; the results go to `deliver`, called by a thread with the lock, or to `take`."""
         if tasks:
             with self._lock:
                 self._tasks += len(tasks)
-            self._batches.put(_Batch(tasks, deliver or self.deliver))
+            self._batches.put(_Batch(tasks, deliver or self._results.extend))
 
     def take(self) -> list[Result]:
         """Return the results since the last call."""
         return [self._results.popleft() for _ in range(len(self._results))]
 
-    def deliver(self, results: Sequence[Result]) -> None:
-        """Add results for `take`. Any thread may call it."""
+    def add(self, results: Sequence[Result]) -> None:
+        """Have results taken beside those of the workers."""
         self._results.extend(results)
         self._wake()
 
@@ -283,14 +283,14 @@ class Workers:
             self._workers.remove(worker)
             worker.folder = self._parking.park(shared.reading.path if shared is not None else _path_of(left[0]), now)
             if shared is not None:
-                del self._shared[shared.reading.path]
+                self._give(shared, FailedLarge(shared.ids, HANGS))
         if batch is not None:
             results = [result for result in (*done, _failure(left[0], HANGS)) if result is not None]
             self._finish(batch, results, len(done) + 1)
             self._batches.put(_Batch(left[1:], batch.deliver))
             self._start(self._quick, "quick")
         elif shared is not None:
-            self._give(shared, FailedLarge(shared.ids, HANGS))
+            self._wake()
             self._start(self._hash, "hash")
 
     def _came_back(self, worker: _Worker) -> None:
@@ -323,8 +323,9 @@ class Workers:
 
     def _finish(self, batch: _Batch, results: list[Result], tasks: int) -> None:
         with self._lock:
+            batch.deliver(results)  # before: where nobody is busy, all results can be taken
             self._tasks -= tasks
-        batch.deliver(results)
+        self._wake()
 
     def _attempt(self, task: Task) -> Result | None:
         """Do a task; whatever it raises is its own failure. None where a large file is to be read."""
@@ -410,8 +411,8 @@ class Workers:
                 heapq.heappush(self._heap, (shared.reading.read, next(self._serial), shared))
                 self._large.release()
                 return
-            del self._shared[shared.reading.path]
-        self._give(shared, result)
+            self._give(shared, result)
+        self._wake()
 
     def _read(self, worker: _Worker, shared: _Shared) -> HashedLarge | FailedLarge | None:
         path, ids = shared.reading.path, shared.ids
@@ -434,10 +435,12 @@ class Workers:
         return found and HashedLarge(ids, path, found.md5, found.fingerprint)
 
     def _give(self, shared: _Shared, result: HashedLarge | FailedLarge) -> None:
+        """Deliver what came of a large file to all who wanted it; with the lock, as nobody may join them any more."""
         for deliver in shared.deliver:
             deliver(result)
         if shared.ids:
-            self.deliver([result])
+            self._results.append(result)
+        del self._shared[shared.reading.path]
 
 
 def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:

@@ -8,11 +8,10 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     id        in the order of arrival, never used twice
     state     one of `states.STORED`
     received  unix time of acceptance
-    due       seconds of CLOCK_MONOTONIC, so of no meaning after a reboot; unix time as an earlier version left it
     sender    host:port
     message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
     attempts  number of failed attempts to read its file
-    rounds   number of times that its file had changed after its row was committed
+    rounds    number of times that its file had changed after its row was committed
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
               is dead. A start assigns it anew, since that clock begins again with each boot
     reason    why it waits or is dead
@@ -58,9 +57,6 @@ _JOURNAL_PAGES = 16_384
 _RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is taken, try once more
 
 BUSY_TIMEOUT_S = 5.0  # only the connection of `Spool.sync` and a person's tools can hold a lock, for milliseconds
-
-# A row whose text was damaged on the disk must be readable as any other, or none beside it is.
-_decode = functools.partial(str, encoding="utf-8", errors="replace")
 
 _OPEN = f"state IN ('{State.PENDING}', '{State.WAITING}')"
 
@@ -158,7 +154,8 @@ def connect(path: str, busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connecti
         sqlite3.Error: If the file cannot be opened.
     """
     db = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
-    db.text_factory = _decode
+    # text that another program or a bad disk left there must not hold up the rest
+    db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
     db.execute(f"PRAGMA page_size = {_PAGE}")
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -222,6 +219,7 @@ def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
         sqlite3.Error: If the disk has no room for them; none is taken then.
         OSError: Likewise.
     """
+    connection.execute("DROP TABLE IF EXISTS reserve")  # of a process that was killed here
     disk = os.statvfs(path)
     size = min(size, disk.f_bavail * disk.f_frsize // 8)
     if size < _RESERVE_MIN:

@@ -1,9 +1,9 @@
 """From the reactor through the spool to ``file_queue``.
 
-The reactor thread only appends to a list (`Intake.put`) and hands it over after each reading of the socket
-(`Intake.commit`). A thread of the intake writes what has come together into the spool with one commit, and only then
-puts it on ``file_queue``. So a slow disk holds up neither the socket nor a heartbeat, and whatever is on the queue is
-on the disk.
+The reactor thread only appends to a list (`Intake.put`) and wakes the writer after each reading of the socket
+(`Intake.commit`). The writer, a thread of the intake, writes what has come together into the spool with one commit, and
+only then puts it on ``file_queue``. So a slow disk holds up neither the socket nor a heartbeat, and whatever is on the
+queue is on the disk.
 
 The queue is a window on the spool, not a second store: a registration for which it has no room is due in the spool at
 once, and is taken up from there.
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint, messages
 from socs_monitor.spool.file import SpoolError
-from socs_monitor.spool.store import Incoming, Registration, Spool
+from socs_monitor.spool.store import Incoming, Registration, Spool, SpoolFullError
 from socs_monitor.stats import Stats
 
-# Bytes of memory that registrations on the queue take at most, some 8,000 of them.
+# Bytes of memory that registrations on the queue take at most, some 6,000 of them.
 QUEUE_MAX = 16 * 1024 * 1024
 
 # Bytes of registrations kept in memory while the spool cannot be written; above half of that, other traffic is shed.
@@ -34,6 +34,10 @@ INBOX_MAX = 96 * 1024 * 1024
 
 # Bytes that a registration takes in memory beside its text: the objects of its fields.
 _MEMORY = 2_000
+
+# Bytes of memory for each character of a registration's text, in which the texts of its fields count, too: Python has
+# one, two or four bytes for every character of a text, by the widest in it.
+_NARROW, _WIDE = 2, 8
 
 # Registrations taken at a time: enough to share the cost of a commit, few enough that it is short.
 BATCH = 500
@@ -76,6 +80,12 @@ class FileQueue(queue.Queue[Meta]):
     def _put(self, item: Meta) -> None:
         self.queue.append(item)
 
+    def _get(self) -> Meta:
+        item = self.queue.popleft()
+        if not self.queue:
+            self._memory = 0
+        return item
+
     def extend(self, registrations: Sequence[Registration], memory: int) -> None:
         """Put several at once, which take so many bytes of memory."""
         with self.mutex:
@@ -112,10 +122,14 @@ class FileQueue(queue.Queue[Meta]):
             if not (self._woken or (limit and self.queue)):
                 self.not_empty.wait(timeout)
             self._woken = False
-            items = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
-            if not self.queue:
-                self._memory = 0
-            return items
+            return [self._get() for _ in range(min(limit, len(self.queue)))]
+
+
+def _memory_of(incoming: Incoming) -> int:
+    """Return the bytes of memory that a registration takes at most."""
+    text = incoming.message
+    is_narrow = text.isascii() and "\\u" not in text
+    return _MEMORY + len(text) * (_NARROW if is_narrow else _WIDE)
 
 
 class Measure(NamedTuple):
@@ -168,9 +182,9 @@ class Intake:
         self._monotonic = monotonic
         # by the first id that was received then, by how much unix time is ahead of CLOCK_MONOTONIC; one entry a step
         self._offsets: list[tuple[int, float]] = [(0, clock() - monotonic())]
-        self._put: list[tuple[Meta, Incoming]] = []  # since the latest `commit`
+        self._put: list[tuple[Meta, Incoming]] = []  # since the latest `flush`
         self._putting = threading.Lock()
-        self._batches: queue.SimpleQueue[list[tuple[Meta, Incoming]] | None] = queue.SimpleQueue()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the writer
         self._to_write: deque[tuple[Meta, Incoming]] = deque()  # guarded by `_flushing`
         self._memory_put = 0
         self._memory_freed = 0
@@ -190,7 +204,7 @@ class Intake:
     def close(self) -> None:
         """Write what is left and close the spool; log, by path, what cannot be written."""
         self._closing.set()
-        self._batches.put(None)
+        self._bell.put(None)
         for thread in self._threads:
             thread.join()
         if not self.flush():
@@ -204,11 +218,7 @@ class Intake:
 
     def log_unwritten(self) -> None:
         """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
-        left = [*self._to_write]
-        with contextlib.suppress(queue.Empty):
-            while True:
-                left += self._batches.get_nowait() or ()
-        paths = [messages.brief(meta["path"]) for meta, _ in (*left, *self._put)]
+        paths = [messages.brief(meta["path"]) for meta, _ in (*self._to_write, *self._put)]
         for start in range(0, len(paths), _PATHS_A_LINE):
             self._stats.log(
                 "error",
@@ -243,25 +253,22 @@ class Intake:
                     " and lost. See the condition spool. Find missing timestreams with: socs-monitor backfill ROOT",
                 )
                 return
-            self._memory_put += len(incoming.message) + _MEMORY
+            self._memory_put += _memory_of(incoming)
             self._put.append((meta, incoming))
         if not self._threads:
             self.flush()
 
     def commit(self) -> None:
-        """Hand over what was put so far to be written now."""
-        if self._put:
-            with self._putting:
-                batch, self._put = self._put, []
-            self._batches.put(batch)
+        """Have what was put so far written now."""
+        if self._put and self._bell.empty():
+            self._bell.put(None)
 
     def flush(self) -> bool:
         """Write what was put so far into the spool and onto the queue; return whether all could be written."""
         with self._flushing:
-            self.commit()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._to_write.extend(self._batches.get_nowait() or ())
+            with self._putting:
+                self._to_write.extend(self._put)
+                self._put = []
             while self._to_write:
                 batch = [self._to_write[place] for place in range(min(self._batch, len(self._to_write)))]
                 try:
@@ -270,7 +277,7 @@ class Intake:
                     self._stats.trouble("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
                     return False
                 for _, incoming in batch:
-                    self._memory_freed += len(incoming.message) + _MEMORY
+                    self._memory_freed += _memory_of(incoming)
                     self._to_write.popleft()
                 self._stats.cured("spool", "the spool can be written again")
                 if not self.overloaded:
@@ -279,7 +286,7 @@ class Intake:
 
     def _accept(self, metas: Sequence[Meta], batch: Sequence[Incoming]) -> None:
         crashpoint.reach("received")
-        memory = sum(len(incoming.message) for incoming in batch) + _MEMORY * len(batch)
+        memory = sum(map(_memory_of, batch))
         held = self._queue.has_room(memory)
         ids = self._spool.accept(batch, held=held)
         crashpoint.reach("spooled")
@@ -310,6 +317,8 @@ class Intake:
     def adopt(self, metas: Sequence[Meta]) -> list[Registration]:
         """Accept dicts that somebody else put on the queue, and return them as registrations.
 
+        Where the spool has no room, they come on the queue again when it has.
+
         Raises:
             SpoolError: If the spool cannot be written now; none is accepted.
         """
@@ -319,7 +328,13 @@ class Intake:
                 batch.append((meta, Incoming(self._clock(), "file_queue", messages.encode_file(meta))))
             except messages.MessageError as error:
                 self._stats.repeated("warn", "refused", f"an item of file_queue is not a registration: {error}")
-        ids = self._spool.accept([incoming for _, incoming in batch], held=True)
+        try:
+            ids = self._spool.accept([incoming for _, incoming in batch], held=True)
+        except SpoolFullError:  # the caller must go on, or nothing would ever leave the spool
+            for meta, incoming in batch:
+                self.put(meta, incoming)
+            self.commit()
+            return []
         return [
             Registration(meta, id_, incoming.received, incoming.sender)
             for (meta, incoming), id_ in zip(batch, ids, strict=True)
@@ -344,9 +359,7 @@ class Intake:
 
     def _write(self) -> None:
         while not self._closing.is_set():
-            batch = self._batches.get()
-            with self._flushing:
-                self._to_write.extend(batch or ())
+            self._bell.get()
             while not self.flush() and not self._closing.wait(self._retry_s):
                 pass
 

@@ -1,4 +1,4 @@
-"""The spool: every accepted registration until its row is safe, and the only place that rounds a registration's state.
+"""The spool: every accepted registration until its row is safe, and the only place that changes a registration's state.
 
 What the file looks like is in `file`, the states and transitions in `states`. What is promised:
 
@@ -29,6 +29,8 @@ from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
 # Counted beside the states: every registration that ever was in the spool since the start.
 RECEIVED = "received"
 
+_CROWDED_OUT = "crowded out"
+
 # Dead letters kept at most: nobody reads more, and a hostile sender can make any number.
 MAX_DEAD = 10_000
 
@@ -51,12 +53,19 @@ _ROWS = (50, 15, 1)
 _ACCEPT_HELD = {rows: _insert(rows, "", "") for rows in _ROWS}
 _ACCEPT_DUE = {rows: _insert(rows, ", due", ", 0") for rows in _ROWS}
 
+# A state that this version does not have is as good as none.
+_KNOWN_STATES = (
+    f"UPDATE registrations SET state = '{State.PENDING}' WHERE state NOT IN ({', '.join(map(repr, map(str, STORED)))})"
+)
+
 _BY_STATE = "SELECT state, count(*) FROM registrations GROUP BY 1"
 
 _IDS = "id IN (SELECT value FROM json_each(?))"
 
 _COLUMNS = "id, state, attempts, rounds, received, sender"
-# What is scheduled goes before the backlog, so that re-checks keep up with it.
+# What is scheduled goes before the backlog, so that re-checks keep up with it. This part of each claim is left to the
+# backlog: anybody can announce files that do not exist, and each of those is scheduled again and again.
+_BACKLOG_PART = 4
 _DUE = [
     f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
     f" WHERE due {condition} AND due <= ? ORDER BY due, id LIMIT ?"
@@ -68,17 +77,23 @@ _HOLD = (
 )
 _NEXT_DUE = "SELECT min(due) FROM registrations WHERE due IS NOT NULL"
 
-# How a transition to each state rounds a row: `:due` and `:reason` are the transition's.
+
+def _one_more(column: str) -> str:
+    """Count up, but not beyond what SQLite's integers hold, whatever the file says."""
+    return f"min({column}, 1000000) + 1"
+
+
+# How a transition to each state changes a row: `:due` and `:reason` are the transition's.
 _CHANGES: Mapping[State, str] = {
     State.PENDING: "due = :due",
     State.REGISTERED: "due = :due",
-    State.WAITING: "due = :due, attempts = attempts + 1, reason = :reason",
+    State.WAITING: f"due = :due, attempts = {_one_more('attempts')}, reason = :reason",
     State.DEAD: "due = NULL, reason = :reason",
 }
 _MORE_CHANGES: Mapping[Event, str] = {
-    Event.CHANGED: ", rounds = rounds + 1",
-    Event.RESTARTED: ", rounds = rounds + 1",
-    Event.GIVEN_UP: ", attempts = attempts + 1",
+    Event.CHANGED: f", rounds = {_one_more('rounds')}",
+    Event.RESTARTED: f", rounds = {_one_more('rounds')}",
+    Event.GIVEN_UP: f", attempts = {_one_more('attempts')}",
     Event.REFUSED: ", refused = 1",
     Event.RETRIED: ", attempts = 0, refused = 0",
 }
@@ -88,8 +103,8 @@ def _statement(origin: State, event: Event, target: State) -> str:
     where = f"WHERE state = '{origin}' AND id IN (SELECT value FROM json_each(:ids))"
     if target not in STORED:
         return f"DELETE FROM registrations {where}"
-    rounds = _CHANGES[target] + _MORE_CHANGES.get(event, "")
-    return f"UPDATE registrations SET state = '{target}', {rounds} {where}"
+    changes = _CHANGES[target] + _MORE_CHANGES.get(event, "")
+    return f"UPDATE registrations SET state = '{target}', {changes} {where}"
 
 
 _STATEMENTS = {(origin, event): _statement(origin, event, target) for (origin, event), target in TRANSITIONS.items()}
@@ -217,6 +232,7 @@ class Spool:
 
     Attributes:
         next_due (float): When the next registration is due, seconds of CLOCK_MONOTONIC; infinite where none is.
+        crowded_out (int): Number of dead letters that were discarded since the start for lack of room.
 
     Raises:
         SpoolBusyError: If another process holds the spool.
@@ -239,6 +255,7 @@ class Spool:
         self._max_dead = max_dead
         self._claim_bytes = claim_bytes
         self.next_due = -math.inf
+        self.crowded_out = 0
         self._lock = threading.Lock()
         self._unsynced = False
         self._lock_file = file.take_lock(path)
@@ -246,6 +263,9 @@ class Spool:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
             states = dict(self._db.execute(_BY_STATE))
+            if states.keys() - set(STORED):  # only then, since another program may hold the lock
+                self._db.execute(_KNOWN_STATES)
+                states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
             self._lock_file.close()
@@ -314,7 +334,7 @@ class Spool:
         with self._writing() as db:
             superseded = self._superseded(db)
             restarted = db.execute(
-                "UPDATE registrations SET state = 'pending', rounds = rounds + 1 WHERE state = 'registered'"
+                f"UPDATE registrations SET state = 'pending', rounds = {_one_more('rounds')} WHERE state = 'registered'"
                 " AND id NOT IN (SELECT value FROM json_each(?))",
                 (json.dumps(superseded),),
             ).rowcount
@@ -355,7 +375,7 @@ class Spool:
             limit: How many at most.
 
         Returns:
-            What was taken up, the longest due first: the caller holds it from now on.
+            What was taken up, in the states from before, the longest due first: the caller holds it from now on.
 
         Raises:
             TransitionError: If a transition is not in `states.TRANSITIONS`; nothing took effect.
@@ -368,8 +388,7 @@ class Spool:
             for transition in transitions:
                 self._carry_out(db, transition)
             if (excess := self._counts[State.DEAD] + self._changes[State.DEAD] - self._max_dead) > 0:
-                oldest = [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))]
-                self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, oldest))
+                self._crowd_out(db, [id_ for (id_,) in db.execute(_OLDEST_DEAD, (excess,))])
             return self._take_up(db, now, limit) if limit and self.next_due <= now else []
 
     def _carry_out(self, db: sqlite3.Connection, transition: Transition) -> int:
@@ -384,11 +403,14 @@ class Spool:
             self.next_due = due
         return changed
 
+    def _crowd_out(self, db: sqlite3.Connection, ids: Sequence[int]) -> None:
+        self._count(_CROWDED_OUT, self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, ids)))
+
     def _take_up(self, db: sqlite3.Connection, now: float, limit: int) -> list[Due]:
         taken: list[Due] = []
         size = 0
-        for statement in _DUE:
-            for row in db.execute(statement, (now, limit - len(taken))):
+        for statement, most in zip(_DUE, (limit - limit // _BACKLOG_PART, limit), strict=True):
+            for row in db.execute(statement, (now, most - len(taken))):
                 taken.append(Due._make(row))
                 size += len(row[-1] or "")
                 if size >= self._claim_bytes:
@@ -466,8 +488,7 @@ class Spool:
     def _has_room(self, db: sqlite3.Connection) -> bool:
         """Look what is free in a large file; if too little, discard refused dead letters: anybody can send those."""
         if file.used_bytes(db) > self.max_bytes:
-            refused = [id_ for (id_,) in db.execute(_REFUSED)]
-            self._carry_out(db, Transition(State.DEAD, Event.DISCARDED, refused))
+            self._crowd_out(db, [id_ for (id_,) in db.execute(_REFUSED)])
         return file.used_bytes(db) <= self.max_bytes
 
     @contextlib.contextmanager
@@ -485,6 +506,7 @@ class Spool:
                     db.execute("ROLLBACK")
                 raise
             self._counts = {state: number + self._changes[state] for state, number in self._counts.items()}
+            self.crowded_out += self._changes[_CROWDED_OUT]
             self._unsynced = True
 
     def _count(self, state: str, number: int) -> None:

@@ -178,7 +178,7 @@ def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> N
         agent.wait_listening()
         wait_dead(agent, len(GARBAGE))
         wait_rows(agent, send_files(server, 12), 10)
-        assert command("failed", "discard", *site(agent))
+        assert command("failed", "discard", "--all", *site(agent))
         wait_dead(agent, 0)
         assert agent.stop() == 0
 
@@ -189,7 +189,7 @@ ODD_COLUMNS: tuple[dict[str, Any], ...] = (
     {"received": -1e308},
     {"attempts": -(2**63)},
     {"attempts": 2**63 - 1},
-    {"state": "waiting", "due": 0.0, "attempts": 2**63 - 1},
+    {"state": "waiting", "due": -1e308},
     {"state": "waiting", "due": 1e308},
     {"state": "no such state"},
     {"sender": ""},
@@ -218,6 +218,8 @@ def test_files_that_were_missed_for_seventeen_hours(no_router: Router, tmp_path:
     old = {"received": time.time() - 17 * 3600, "state": "waiting", "due": 0.0, "reason": "of old"}
     for attempts, path in missing.items():
         spoolfile.insert(spool_of(agent), [message(path)], attempts=attempts, **old)
+    late = write_real(tmp_path / "real", 1)
+    spoolfile.insert(spool_of(agent), [message(late[0])], attempts=2**63 - 1, **old)
     with agent, SmurfServer(tmp_path / "server", agent.address) as server:
         agent.wait_listening()
         wait_rows(agent, send_files(server, 12), 10)
@@ -234,6 +236,7 @@ def test_files_that_were_missed_for_seventeen_hours(no_router: Router, tmp_path:
             state, reason = fate(agent, path)
             assert "No such file or directory" in reason
             assert state == "waiting" or attempts == 2**62
+        wait_rows(agent, late, 10)
         wait_rows(agent, send_files(server, 12), 10)
         assert "Traceback" not in agent.log, agent.log[-3000:]
         assert agent.stop() == 0

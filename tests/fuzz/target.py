@@ -166,7 +166,7 @@ def _check_monitor(batch: Sequence[bytes], folder: str) -> dict[str, Any]:
     finally:
         monitor._intake.close()
     assert ok, text
-    assert not [reason for reason in reasons if "unforeseen" in reason]
+    assert not [reason for reason in reasons if "unexpected" in reason]
     for level in ("error", "failure", "critical"):  # dead letters that were refused are warnings
         assert not getattr(monitor.log, level).called, getattr(monitor.log, level).call_args
     shown = session.data

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from socs_monitor import messages
 from socs_monitor.emulator import Publisher, data_file, g3_file, metadata
-from socs_monitor.messages import DataFile, G3File, Ignored, Message, MessageError, Metadata, SessionMessage
+from socs_monitor.messages import (
+    MAX_FIELDS,
+    MAX_STRING,
+    DataFile,
+    G3File,
+    Ignored,
+    Message,
+    MessageError,
+    Metadata,
+    SessionMessage,
+)
 from tests.strategies import json_values
 
 WHOLE = data_file("/x", action="a", action_ts="1")
@@ -105,15 +115,63 @@ def test_a_publishers_id_is_the_envelopes_whatever_the_payload_says() -> None:
     assert message.meta["pub_id"] == "crate1slot2"
 
 
+# A list or an object in one of these is what a registration is refused for.
+OF_ROW = {"path", "archive_name", "format", "timestamp", "action", "action_ts", "plot"}
+
+
+def kept(payload: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a payload that has few fields: no long texts but the path, and nothing with parts."""
+    return {
+        key: value[:MAX_STRING]
+        if isinstance(value, str) and key != "path"
+        else type(value)()
+        if isinstance(value, (list, dict))
+        else value
+        for key, value in payload.items()
+        if key in OF_ROW or not isinstance(value, (list, dict))
+    }
+
+
+LONG = st.builds(lambda part, times: part * times, st.text(min_size=1, max_size=3), st.integers(1, 5000))
+FIELDS = st.sampled_from(sorted(OF_ROW - {"path"})) | st.text(max_size=5) | LONG
+
+
+@given(
+    path=st.text(st.characters(exclude_characters="\0"), min_size=1) | LONG.filter(lambda path: "\0" not in path),
+    fields=st.dictionaries(FIELDS, json_values() | LONG, max_size=60),
+    id_=json_values() | LONG,
+    kind=st.sampled_from(["data_file", "g3_file"]),
+)
+def test_what_is_kept_of_a_registration_is_bounded_and_survives_the_spool(
+    path: str, fields: dict[str, Any], id_: Any, kind: str
+) -> None:
+    payload = {**fields, "path": path}
+    message = messages.parse(json.dumps({"id": id_, "type": kind, "payload": payload}))
+    assert isinstance(message, (DataFile, G3File))
+    meta = message.meta
+
+    assert meta["path"] == path
+    assert repr(messages.parse_file(message.text).meta) == repr(meta), "as text, since NaN equals nothing"
+    assert isinstance(meta["pub_id"], str)
+    assert len(meta) <= MAX_FIELDS + 1
+    expected = {**kept(payload), "pub_id": meta["pub_id"]}
+    assert all(repr(value) == repr(expected[key]) for key, value in meta.items())
+    assert OF_ROW & payload.keys() <= meta.keys(), "that makes a row"
+    if len(payload) <= MAX_FIELDS:
+        assert meta.keys() == expected.keys()
+    lengths = [len(value) for key, value in meta.items() if isinstance(value, str) and key != "path"]
+    assert max(lengths, default=0) <= MAX_STRING
+
+
 @pytest.mark.parametrize("value", [None, True, 0, -1.5, 1e300, math.inf, "", "1.795e9", "x" * 3000, [1], {}], ids=repr)
 @pytest.mark.parametrize("field", [*data_file("/x").keys() - {"path"}, "archive_name", "of a newer publisher"])
 @pytest.mark.parametrize("kind", ["data_file", "g3_file"])
-def test_whatever_a_registration_says_of_a_path_it_is_taken_as_it_is(kind: str, field: str, value: Any) -> None:
+def test_whatever_a_registration_says_of_a_path_it_is_taken(kind: str, field: str, value: Any) -> None:
     payload = {**data_file("/x"), field: value}
     message = messages.parse(datagram(kind, payload))
 
     assert isinstance(message, DataFile if kind == "data_file" else G3File)
-    assert message.meta == {**payload, "pub_id": "crate1slot2"}
+    assert message.meta == {**kept(payload), "pub_id": "crate1slot2"}
     assert messages.parse_file(message.text).meta == message.meta
 
 
@@ -157,7 +215,7 @@ def test_text_that_few_parsers_take_is_stored_so_that_it_is_read_alike(before: b
     assert message.text.isascii()
     assert messages.parse_file(message.text).meta == message.meta
     assert {**message.meta, **WHOLE} == message.meta
-    assert message.meta["list"] == [], "no value of it is of use, but that it was a list"
+    assert "list" not in message.meta
     assert messages.parse(sent.decode(errors="surrogatepass")) == message
 
 
@@ -259,7 +317,7 @@ def test_any_json_is_a_message_that_holds_what_was_sent_or_refused(kind: Any, pa
         assert repr(message.envelope) == repr(envelope)  # as text, since NaN equals nothing
     if isinstance(message, (DataFile, G3File)):
         assert repr(message.meta["path"]) == repr(payload["path"])
-        assert message.meta.keys() == {*payload, "pub_id"}
+        assert message.meta.keys() == {*kept(payload), "pub_id"}
 
 
 @pytest.mark.parametrize(

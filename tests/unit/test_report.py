@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import socket
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from socs_monitor import spool
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
 from socs_monitor.sequences import GRACE_S, Sequences
 from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
@@ -176,17 +176,23 @@ def test_a_port_that_is_lost_degrades_until_it_is_bound_again(bench: Bench) -> N
 def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_its_row(
     bench: Bench, clock: Clock
 ) -> None:
-    bench.chain.write("x", b"x")
-    with write_lock(bench.chain.db_path):
+    with contextlib.ExitStack() as lock:
+
+        def locked() -> bool:
+            assert set(bench.degraded(OLDEST_S)) == {"database"}
+            degraded = bench.degraded(1)
+            assert set(degraded) == {"database", "oldest"}
+            assert "61 s" in degraded["oldest"]
+            assert bench.look()["queue"] == {"depth": 1, "oldest": OLDEST_S + 1}
+            lock.close()
+            return True
+
+        bench.chain.write("x", b"x")
         bench.chain.accept("x")
+        lock.enter_context(write_lock(bench.chain.db_path))
+        bench.chain.locked = locked
         bench.chain.step()
-        assert set(bench.degraded(OLDEST_S)) == {"database"}
-        degraded = bench.degraded(1)
-        assert set(degraded) == {"database", "oldest"}
-        assert "61 s" in degraded["oldest"]
-        assert bench.look()["queue"] == {"depth": 1, "oldest": OLDEST_S + 1}
     assert bench.chain.stats.writes.errors == 1
-    bench.chain.step()
 
     assert bench.degraded() == {}
 
@@ -237,7 +243,7 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
         clock.advance(60)
     reason = bench.degraded()["given up"]
 
-    assert "never_comes: No such file or directory, given up after 1 h" in reason
+    assert "never_comes: No such file or directory, given up after 60 min" in reason
     ((level, text),) = bench.lines("given_up")
     assert level == "error"
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
@@ -270,11 +276,16 @@ def test_an_idle_agent_says_nothing(bench: Bench) -> None:
     assert bench.chain.said == []
 
 
-def test_dead_letters_that_are_dropped_are_a_line_a_minute(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "MAX_DEAD", 2)
+def test_dead_letters_that_have_no_room_are_a_line_a_minute(bench: Bench) -> None:
+    bench.port.close()
+    bench.chain.limits["max_dead"] = 2
+    bench.chain.reopen()
+    bench = Bench(bench.chain, bench.clock)
     for number in range(10):
         bench.chain.accept(f"{number}", action="..")
         bench.chain.step()
+        bench.look()
+    bench.port.close()
     assert bench.look()["files"]["dead"] == 2
     bench.look(DIGEST_S)
 

@@ -50,7 +50,7 @@ def test_the_session_data_is_json_with_the_documented_keys(stats: Bench) -> None
     stats.registered(2, ["crate1slot2", "STREAMER:s2"], "/x")
     stats.writes.wrote(0.5)
     stats.streams.metadata("s2")
-    counts = {"received": 21, "settled": 1, "settling": 2, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6}
+    counts = {"received": 21, "settled": 1, "registered": 2, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6}
     data = json.loads(json.dumps(shown(stats, **counts)))
 
     assert data == {

@@ -79,6 +79,12 @@ def test_without_roots_the_first_folders_of_all_are_parked_but_never_all(threads
     assert not parking.covers("/data/z.dat")
 
 
+def test_paths_outside_of_the_roots_never_park_all_of_the_disk(parking: Parking) -> None:
+    for number in range(2 * MAX_FOLDERS):
+        assert parking.park(f"/mnt{number}/z.dat", 0.0) == f"/mnt{number}"
+    assert not parking.covers("/data/a/x/z.dat")
+
+
 def test_a_folder_is_released_when_a_call_comes_back(parking: Parking) -> None:
     first, second = parking.park("/data/a/x/z.dat", 0.0), parking.park("/data/a/y/z.dat", 0.0)
     parking.release(first)

@@ -520,3 +520,16 @@ def test_there_is_room_for_so_many_tasks(bench: Bench, hang: Hang) -> None:
     bench.wait_idle()
     assert bench.workers.room == room
     assert md5(b"x") in {result.file.md5 for result in bench.results if isinstance(result, Hashed)}
+
+
+def test_workers_are_busy_until_their_results_are_delivered(bench: Bench) -> None:
+    """Or a run of the test mode would end before it has registered them."""
+    for name, content in (("small", b"x"), ("large", LARGE)):
+        bench.write(name, content)
+    busy: list[bool] = []
+    bench.workers.submit([bench.registration("small", 1)], lambda results: busy.append(bench.workers.busy))
+    bench.submit(Hash(bench.path("large"), lambda result: busy.append(bench.workers.busy)))
+    wait_until(lambda: len(busy) == 2, 20, "both are delivered")
+
+    assert busy == [True, True]
+    bench.wait_idle()
