@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from socs_monitor import crashpoint, events
 from socs_monitor.archive import ArchiveError
-from socs_monitor.messages import MessageError, brief
+from socs_monitor.messages import brief
 from socs_monitor.registration import lookup
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
@@ -290,8 +290,8 @@ class Registrar:
                 failed.append(result)
             else:
                 self._expand(result, hashed, failed)
-        crashpoint.reach("hashed")
         if hashed:
+            crashpoint.reach("hashed")
             refused = self._register(hashed, transitions)
             failed += refused
         if failed:
@@ -322,7 +322,7 @@ class Registrar:
         for row in rows:
             try:
                 registrations.append(lookup.parse(row))
-            except MessageError as error:
+            except Exception as error:  # noqa: BLE001 (whatever is in the spool, it must not stop the others)
                 unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
                 failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
         return registrations
@@ -491,20 +491,20 @@ class Registrar:
     # --- re-checks
 
     def _take_up(self, due: Sequence[Due]) -> None:
-        """Hand what is due to the workers."""
+        """Hand what is due to the workers; what they can do nothing about is a result for the next step."""
         failed: list[Failed] = []
         tasks: list[Task] = []
-        unknown: list[int] = []
+        unknown: list[Rechecked] = []
         for row in due:
             if row.state == State.REGISTERED:
                 if (known := self._registered.get(row.id)) is not None:
                     tasks.append(known)
                 else:
-                    unknown.append(row.id)
+                    unknown.append(Rechecked(row.id))
         tasks += self._parsed([row for row in due if row.message is not None], failed)
         self.workers.submit(tasks)
         if failed or unknown:
-            self._apply([*self._judge(failed), *self._conclude_unknown(unknown)], take_up=False)
+            self.workers.add([*failed, *unknown])
 
     def _conclude_unknown(self, ids: Sequence[int]) -> list[Transition]:
         """Conclude registered files that a former run left behind, and whose path was announced again later.
@@ -512,7 +512,8 @@ class Registrar:
         Those that have their row are done. The others, if the database was replaced meanwhile, are registered again.
         """
         failed: list[Failed] = []
-        registrations = self._parsed(self._persist(lambda: self._spool.load(ids)) if ids else [], failed)
+        rows = [row for row in self._persist(lambda: self._spool.load(ids)) if row.state == State.REGISTERED]
+        registrations = self._parsed(rows, failed)
         known = self._until_available(lambda: self._have_rows(registrations))
         lost = [registration.id for registration in registrations if registration.id not in known]
         if known:
@@ -528,10 +529,12 @@ class Registrar:
 
     def _conclude(self, rechecked: Sequence[Recheck | Rechecked]) -> list[Transition]:
         """Settle registered files that are as they were hashed, and register again those that changed."""
+        unknown = [result.id for result in rechecked if result.id not in self._registered]
+        transitions = self._conclude_unknown(unknown) if unknown else []
         if self._database.is_replaced() or self._database.identity != self._database_identity:
-            return [self._restart_registered()]
+            return [*transitions, self._restart_registered()]
         by_event: dict[Event, list[int]] = {}
-        transitions: list[Transition] = []
+        concluded: list[int] = []
         for result in rechecked:
             id_ = result.id
             if (known := self._registered.get(id_)) is None:
@@ -554,13 +557,14 @@ class Registrar:
                 text = "a file changed after it was registered, and is registered again"
                 self._stats.repeated("info", "changed", text, path=known.path)
                 transitions.append(Transition(State.REGISTERED, Event.CHANGED, [id_], due=0.0))
-            self._forget(id_)
+            concluded.append(id_)
         if by_event:
             self._sync()
         for event, ids in by_event.items():
-            for id_ in ids:
-                self._forget(id_)
+            concluded += ids
             transitions.append(Transition(State.REGISTERED, event, ids))
+        for id_ in concluded:  # once nothing can fail any more
+            self._forget(id_)
         return transitions
 
     def _forget(self, id_: int) -> None:
@@ -591,8 +595,8 @@ class Registrar:
 
     # --- what is retried in place
 
-    def _apply(self, transitions: Sequence[Transition], *, take_up: bool = True) -> list[Due]:
-        limit = min(self._batch, self.workers.room) if take_up else 0
+    def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
+        limit = min(self._batch, self.workers.room)
         due = self._persist(lambda: self._spool.apply(transitions, self._monotonic(), limit))
         for transition in transitions:
             if transition.event is Event.COMMITTED:

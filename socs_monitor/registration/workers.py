@@ -265,6 +265,11 @@ class Workers:
         """Return the results since the last call."""
         return [self._results.popleft() for _ in range(len(self._results))]
 
+    def add(self, results: Sequence[Result]) -> None:
+        """Have results taken beside those of the workers."""
+        self._results.extend(results)
+        self._wake()
+
     def supervise(self) -> None:
         """Abandon workers that hang, and probe parked folders. To be called each second while it is `busy`."""
         now = self._monotonic()

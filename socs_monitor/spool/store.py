@@ -262,6 +262,9 @@ class Spool:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
             states = dict(self._db.execute(_BY_STATE))
+            if states.keys() - set(STORED):  # only then, since another program may hold the lock
+                self._db.execute(_KNOWN_STATES)
+                states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
             self._lock_file.close()

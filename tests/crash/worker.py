@@ -24,7 +24,8 @@ import threading
 import time
 from pathlib import Path
 
-from socs_monitor.registration.lookup import SMALL, Policy
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.workers import SMALL
 from tests.chain import Chain
 from tests.harness import wait_until
 
@@ -42,7 +43,7 @@ class Child:
     """Sender and monitor."""
 
     def __init__(self, folder: Path) -> None:
-        self.chain = Chain(folder, policy=Policy(settle_after=SETTLE_S))
+        self.chain = Chain(folder, policy=Policy(settle_after=SETTLE_S), threads=True)
         self.chain.intake.start()
         self.thread = threading.Thread(target=self.chain.registrar.run, daemon=True)
         self.thread.start()

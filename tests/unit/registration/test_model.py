@@ -84,7 +84,8 @@ class Machine(RuleBasedStateMachine):
         # registrations whose file must be looked at again: None while no row can be there yet, else the earliest time
         # of its commit
         self.watched: dict[Key, float | None] = {}
-        self.since: dict[Key, float] = {}  # when the latest registration was acknowledged
+        self.since: dict[Key, float] = {}  # when the latest registration was acknowledged, in this order
+        self.superseded: set[Key] = set()  # at a start, by a later announcement of the path
 
     # --- what the model knows
 
@@ -96,7 +97,10 @@ class Machine(RuleBasedStateMachine):
         """What has arrived is in the spool."""
         self.required |= self.unspooled
         self.watched.update(dict.fromkeys(self.unspooled))
-        self.since.update(dict.fromkeys(self.unspooled, self.clock.now))
+        for key in self.unspooled:
+            self.since.pop(key, None)
+            self.since[key] = self.clock.now
+        self.superseded -= self.unspooled
         self.stale -= {name for name, _ in self.unspooled}
         self.unspooled.clear()
 
@@ -196,6 +200,8 @@ class Machine(RuleBasedStateMachine):
 
     def begin(self) -> bool:
         """Begin, as `run` does; return whether that was not stopped."""
+        latest = {name: (name, action) for name, action in self.since}
+        self.superseded |= self.since.keys() - set(latest.values())
         self.has_begun = self.mortal(self.chain.registrar.begin)
         if self.has_begun and self.spool_works:  # it writes what has arrived
             self.acknowledged()
@@ -288,7 +294,7 @@ class Machine(RuleBasedStateMachine):
     def begin_another_database(self) -> None:
         for path in self.database_files():
             path.unlink()
-        self.required = {key for key in self.required if self.is_watched(key)}
+        self.required = {key for key in self.required - self.superseded if self.is_watched(key)}
 
     @precondition(lambda self: self.database_works)
     @rule()
