@@ -340,6 +340,7 @@ class Registrar:
             self._unstable.pop(registration.id, None)
             if outcome.refusal is not None:
                 refused.append(Failure(registration, brief(outcome.refusal), refused=True))
+                self._settling.supersede(hashed)
                 continue
             done.append(hashed)
             if outcome.changed and registration.id not in self._settling.changed:

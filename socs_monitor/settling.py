@@ -68,7 +68,7 @@ class Settling:
             self._note(hashed)
 
     def _note(self, hashed: Hashed) -> None:
-        """Let a registration supersede those of other keys of its path that were announced before it."""
+        """Remember a registration; of two keys of a path the one announced last supersedes the other."""
         id_, key = hashed.registration.id, _key(hashed)
         known = self._keys.setdefault(hashed.file.entry.local_path, {})
         for other in known:
@@ -88,15 +88,19 @@ class Settling:
         ]
         if again:
             for hashed in batch:
-                known = self._keys.get(hashed.file.entry.local_path, {})
-                id_, key = hashed.registration.id, _key(hashed)
-                self._superseded.update(other for other in known if known[other] != key and other < id_)
+                self.supersede(hashed)
             for hashed in again:
                 id_ = hashed.registration.id
                 if id_ in self._superseded:
                     void.append(id_)
                     self._forget(id_, hashed.file.entry.local_path)
         return void
+
+    def supersede(self, hashed: Hashed) -> None:
+        """Let a registration supersede those of other keys of its path that were announced before it."""
+        known = self._keys.get(hashed.file.entry.local_path, {})
+        id_, key = hashed.registration.id, _key(hashed)
+        self._superseded.update(other for other in known if known[other] != key and other < id_)
 
     def _forget(self, id_: int, path: str) -> None:
         self._delays.pop(id_, None)
