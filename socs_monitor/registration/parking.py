@@ -1,7 +1,8 @@
 """Folders whose disk hangs: their files are left alone until the disk answers again.
 
-A system call on a hung disk cannot be ended, so each one costs a thread. The first folder below the data root is parked
-after one such call; when `MAX_FOLDERS` of a data root are, the whole root is.
+A system call on a hung disk cannot be ended, so each one costs a thread. The first folder below the data root is
+suspended as soon as a call stalls there, and parked once the call counts as hanging; when `MAX_FOLDERS` of a data root
+are parked, the whole root is.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ class _Folder:
         self.path = path  # the one that hung
         self.probe_at = probe_at
         self.probing = False
+        self.parked = False
 
 
 class Parking:
-    """The parked folders. Outlives the workers of one run, since what hangs goes on hanging.
+    """The suspended and parked folders. Outlives the workers of one run, since what hangs goes on hanging.
 
     Args:
         roots: The data roots; without any, folders below ``/`` are parked, but never all of it.
@@ -45,21 +47,23 @@ class Parking:
         self._folders: dict[str, _Folder] = {}
 
     def __bool__(self) -> bool:
-        """Whether any folder is parked."""
+        """Whether any folder is suspended or parked."""
         return bool(self._folders)
 
     @property
     def folders(self) -> list[str]:
         """The parked folders."""
-        return list(self._folders)
+        return [name for name, folder in self._folders.copy().items() if folder.parked]
 
     def covers(self, path: str) -> bool:
-        """Whether a path, however it is spelled, is in a parked folder."""
+        """Whether a path, however it is spelled, is in a suspended or parked folder."""
         spellings = f"{path}/", f"{os.path.normpath(path)}/"
-        return any(spelling.startswith(f"{folder.rstrip('/')}/") for folder in self.folders for spelling in spellings)
+        return any(
+            spelling.startswith(f"{folder.rstrip('/')}/") for folder in list(self._folders) for spelling in spellings
+        )
 
-    def park(self, path: str, now: float) -> str:
-        """Park the folder of a path at which a call hangs, and return it.
+    def suspend(self, path: str, now: float) -> str:
+        """Leave the folder alone of a path at which a call stalls, and return it.
 
         Args:
             path: The path.
@@ -68,11 +72,23 @@ class Parking:
         normal = os.path.normpath(path)
         root = next((root for root in self._roots if normal.startswith(root.rstrip("/") + "/")), "/")
         base = root.rstrip("/") + "/"
+        name = base + normal.removeprefix(base).partition("/")[0]
         with self._lock:
-            hanging = sum(folder.root == root for folder in self._folders.values())
-            whole = root in self._roots and hanging + 1 >= MAX_FOLDERS
-            name = root if whole else base + normal.removeprefix(base).partition("/")[0]
             self._folders.setdefault(name, _Folder(root, path, now + self._probe_s))
+        return name
+
+    def park(self, name: str) -> str:
+        """Park a suspended folder, since the call there hangs; return what is parked: it, or its whole data root."""
+        with self._lock:
+            folder = self._folders.get(name)
+            if folder is None:  # it has just been released
+                return name
+            hanging = sum(other.parked and other.root == folder.root for other in self._folders.values())
+            if folder.root in self._roots and hanging + 1 >= MAX_FOLDERS:
+                del self._folders[name]
+                name = folder.root
+                folder = self._folders.setdefault(name, folder)
+            folder.parked = True
         return name
 
     def release(self, folder: str) -> None:
@@ -87,7 +103,7 @@ class Parking:
             now: Seconds of CLOCK_MONOTONIC.
         """
         for name, folder in list(self._folders.items()):
-            if not folder.probing and folder.probe_at <= now:
+            if folder.parked and not folder.probing and folder.probe_at <= now:
                 folder.probing = True
                 self._spawn(self._attempt(name, folder.path), "probe")
 

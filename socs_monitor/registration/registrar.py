@@ -53,7 +53,7 @@ _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
 
 # Seconds between two looks at workers that are busy.
-_SUPERVISE_S = 1.0
+_SUPERVISE_S = 0.25
 
 # Seconds between two looks whether to go on waiting for a hash.
 _ASK_S = 0.2
@@ -357,6 +357,8 @@ class Registrar:
                 registration = one.registration
                 if refusal is not None:
                     refused.append(Failed(registration, brief(refusal), refused=True))
+                    if one.file.entry.local_path in self._latest:  # the new content is not that of the earlier key
+                        self._latest[one.file.entry.local_path] = registration.id
                     continue
                 registered.append(one)
                 if changed and not registration.rounds:
@@ -569,8 +571,8 @@ class Registrar:
 
     def _forget(self, id_: int) -> None:
         known = self._registered.pop(id_, None)
-        if known is not None and self._latest.get(known.path) == id_:
-            del self._latest[known.path]
+        if known is not None and self._latest.get(known.path) not in self._registered:
+            self._latest.pop(known.path, None)
 
     def _refuse(self, id_: int, reason: str) -> Transition:
         """Make a registered file a dead letter that is refused now: a link was retargeted after it was hashed."""

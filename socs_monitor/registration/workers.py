@@ -4,9 +4,10 @@ The quick worker takes batches of tasks: it looks files up, hashes small ones an
 ones are hashed by the other workers, slice by slice: a free worker takes the file of which least was read, so that no
 file, however large, makes another one wait. Registrations of the same path share one reading.
 
-A worker that makes no progress for `HANG_S` is abandoned, for a thread in a system call cannot be ended. Another one
-takes its place, its task fails with the reason "reading the file hangs", and its folder is parked (`parking`): the
-files there fail at once, until the worker or a probe comes back.
+A thread in a system call cannot be ended. So a worker that makes no progress for `STALL_S` is relieved: another one
+takes its place and the rest of its tasks, and its folder is suspended (`parking`): the files there fail at once until
+it comes back. After `HANG_S` it is abandoned, too: its task fails with the reason "reading the file hangs", and its
+folder is parked until the worker or a probe comes back.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from socs_monitor.suprsync.upsert import HashedFile
 # Files up to this size (bytes) are hashed by the quick worker, in turn.
 SMALL = 128 * 1024
 
-# Seconds without progress after which a worker is abandoned: a healthy disk reads a chunk in milliseconds.
+# Seconds without progress after which a worker is relieved, and after which it is abandoned: a healthy disk reads a
+# chunk in milliseconds.
+STALL_S = 0.5
 HANG_S = 10.0
 
 # Tasks handed to the quick worker that are not done yet, at most.
@@ -167,8 +170,9 @@ class _Worker:
 
     def __init__(self) -> None:
         self.progress = 0
-        self.abandoned = False
-        self.folder = ""  # that is parked since it was abandoned
+        self.relieved = False  # another one works in its place
+        self.abandoned = False  # its task has been answered for
+        self.folder = ""  # that is left alone since it was relieved
         self.batch: _Batch | None = None
         self.shared: _Shared | None = None
         self.seen = (-1, 0.0)  # the progress at the latest look, and when it was first seen
@@ -279,52 +283,71 @@ class Workers:
             elif worker.progress != worker.seen[0]:
                 worker.seen = (worker.progress, now)
             elif now - worker.seen[1] >= HANG_S:
-                self._abandon(worker, now)
+                self._abandon(worker)
+            elif now - worker.seen[1] >= STALL_S and not worker.relieved:
+                self._relieve(worker, now)
         self._parking.probe(now)
 
-    def _abandon(self, worker: _Worker, now: float) -> None:
+    def _relieve(self, worker: _Worker, now: float) -> None:
+        """Have another worker do all but the task in hand, which stalls."""
         with self._lock:
             batch, shared = worker.batch, worker.shared
-            done = list(batch.results) if batch is not None else []  # it may come back at any moment, and add to them
-            left = batch.tasks[len(done) :] if batch is not None else []
+            done = len(batch.results) if batch is not None else 0  # it may come back at any moment, and add to them
+            left = batch.tasks[done:] if batch is not None else ()
             if not left and shared is None:
                 return  # it has come back just now
+            worker.relieved = True
+            worker.folder = self._parking.suspend(shared.reading.path if shared is not None else _path_of(left[0]), now)
+            if batch is not None:
+                batch.tasks = batch.tasks[: done + 1]
+        if batch is not None:
+            if len(left) > 1:
+                self._batches.put(_Batch(left[1:], batch.deliver))
+            self._start(self._quick, "quick")
+        else:
+            self._start(self._hash, "hash")
+
+    def _abandon(self, worker: _Worker) -> None:
+        """Answer for the task of a relieved worker."""
+        with self._lock:
+            batch, shared = worker.batch, worker.shared
+            done = list(batch.results) if batch is not None else []
+            left = batch.tasks[len(done) :] if batch is not None else ()
+            if not left and shared is None:
+                return
             worker.abandoned = True
             self._workers.remove(worker)
-            worker.folder = self._parking.park(shared.reading.path if shared is not None else _path_of(left[0]), now)
+            worker.folder = self._parking.park(worker.folder)
             if shared is not None:
                 self._give(shared, FailedLarge(shared.ids, HANGS))
         if batch is not None:
             results = [result for result in (*done, _failure(left[0], HANGS)) if result is not None]
-            self._finish(batch, results, len(done) + 1)
-            self._batches.put(_Batch(left[1:], batch.deliver))
-            self._start(self._quick, "quick")
-        elif shared is not None:
+            self._finish(batch, results, len(batch.tasks))
+        else:
             self._wake()
-            self._start(self._hash, "hash")
 
     def _came_back(self, worker: _Worker) -> None:
         self._parking.release(worker.folder)
+        if not worker.abandoned:
+            self._workers.remove(worker)
         self._wake()
 
     # --- the quick worker
 
     def _quick(self, worker: _Worker) -> None:
-        while not worker.abandoned and (batch := self._batches.get()) is not None:
+        while not worker.relieved and (batch := self._batches.get()) is not None:
             self._do(worker, batch)
-        if worker.abandoned:
+        if worker.relieved:
             self._came_back(worker)
 
     def _do(self, worker: _Worker, batch: _Batch) -> None:
         worker.batch = batch
         results = batch.results
         folders: dict[str, bool] = {}
-        for task in batch.tasks:
-            if self._closed or worker.abandoned:
-                break
+        while len(results) < len(batch.tasks) and not self._closed and not worker.abandoned:
+            task = batch.tasks[len(results)]
             parked = self._parking and self._parking.covers(_path_of(task))
-            result = _failure(task, HANGS) if parked else self._attempt(task, folders)
-            results.append(result)
+            results.append(_failure(task, HANGS) if parked else self._attempt(task, folders))
             worker.progress += 1
         with self._lock:
             if worker.abandoned:
@@ -400,10 +423,10 @@ class Workers:
                 shared.deliver.append(who)
 
     def _hash(self, worker: _Worker) -> None:
-        while not worker.abandoned and not self._closed:
+        while not worker.relieved and not self._closed:
             self._large.acquire()
             self._next_slice(worker)
-        if worker.abandoned:
+        if worker.relieved:
             self._came_back(worker)
 
     def _next_slice(self, worker: _Worker) -> None:

@@ -97,6 +97,27 @@ def test_an_announcement_that_comes_with_the_second_look_is_the_only_one_that_ta
     assert chain.counts() == {"received": 2, "settled": 2}
 
 
+def test_a_change_that_was_announced_for_a_place_of_another_file_belongs_to_no_former_action(
+    chain: Chain, clock: Clock
+) -> None:
+    chain.write("1/plot.png", b"another file")
+    chain.accept("1/plot.png", action="taken")
+    old = chain.write("2/plot.png", b"old")
+    chain.accept("2/plot.png", action="first")
+    chain.step()
+    chain.write("2/plot.png", b"new content")
+    clock.advance(1)
+    chain.accept("2/plot.png", action="taken")
+    for _ in range(4):
+        chain.step()
+        clock.advance(SETTLE_S)
+
+    assert chain.rows()[1]["local_md5sum"] == old
+    ((name, reason, refused),) = chain.dead_letters()
+    assert (name, refused) == ("plot.png", True)
+    assert reason.startswith(f"{chain.path('1/plot.png')} holds its place in the archive: 17000/")
+
+
 def test_a_file_that_changes_while_the_database_is_locked_is_hashed_again(chain: Chain, clock: Clock) -> None:
     chain.write("a.dat", b"old")
     chain.write("b.dat", b"b")
