@@ -237,6 +237,7 @@ def test_a_row_whose_place_another_path_holds_is_hashed_once_an_hour(site: Site)
         assert site.caretaker.run_pass() == 0
 
     assert site.hashed == ["a"]
+    assert not [line for line in site.said if "event=corrected" in line]
 
 
 def test_a_locked_database_ends_the_pass(site: Site) -> None:
