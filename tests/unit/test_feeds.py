@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ from autobahn.exception import Disconnected, PayloadExceededError
 from autobahn.wamp.exception import SerializationError, TransportLost
 from ocs.ocs_feed import Block
 from twisted.internet.task import Clock as ReactorClock
+from twisted.internet.testing import StringTransport
 
 from socs_monitor import feeds as feeds_module
-from socs_monitor.feeds import BACKLOG_AGE_S, BACKLOG_MAX, BUFFER_BYTES, Feeds
+from socs_monitor import messages
+from socs_monitor.feeds import BACKLOG_AGE_S, BACKLOG_BYTES, BACKLOG_MAX, BUFFER_BYTES, IN_FLIGHT_MAX, Feeds
 from socs_monitor.fields import MAX_STREAMS
 from socs_monitor.messages import Metadata, SessionMessage
 from socs_monitor.stats import Stats
@@ -50,10 +53,11 @@ class RecordedFeed:
 
 
 class Agent:
-    """Records what an OCSAgent would publish."""
+    """Records what an OCSAgent would publish. Like OCS's agent, it has a new transport after each `join`."""
 
     def __init__(self) -> None:
         self.realm_joined = True
+        self.transport = StringTransport()
         self.registered: list[tuple[str, dict[str, Any]]] = []
         self.session_messages: list[Any] = []
         self.recorded: dict[str, RecordedFeed] = {}
@@ -78,10 +82,14 @@ class Agent:
         self._ready.append(handler)
 
     def leave(self) -> None:
+        """Lose the connection, of which Twisted notifies the producer first."""
+        if self.transport.producer is not None:
+            self.transport.producer.stopProducing()
         self.realm_joined = False
 
     def join(self) -> None:
         self.realm_joined = True
+        self.transport = StringTransport()
         for handler in self._ready:
             handler(self)
 
@@ -96,12 +104,23 @@ class Bench:
         self.reactor = ReactorClock()
         self.feeds = Feeds(self.agent, self.stats, self.clock.monotonic)
         self.feeds.start(self.reactor)
+        self.agent.join()
 
-    def session(self, number: int) -> None:
-        self.feeds.session(SessionMessage({"id": "a", "type": "session_log", "payload": str(number)}))
+    def session(self, number: int, size: int = 0) -> None:
+        """Let session message `number` arrive, as a datagram of at least `size` bytes."""
+        envelope = {"id": "a", "type": "session_log", "payload": str(number)}
+        missing = size - len(json.dumps(envelope | {"padding": ""}))
+        datagram = json.dumps(envelope | {"padding": "x" * missing} if size else envelope).encode()
+        message = messages.parse(datagram)
+        assert isinstance(message, SessionMessage)
+        self.feeds.session(message, datagram)
 
     def numbers(self) -> list[int]:
         return [int(envelope["payload"]) for envelope in self.agent.session_messages]
+
+    def pause(self) -> None:
+        """Let the transport's buffer be full, as while the router reads nothing."""
+        self.agent.transport.producer.pauseProducing()
 
     def metadata(self, value: object, stream_id: str = "s1", path: str = "AMCc.x", time: float = 5.0) -> None:
         self.feeds.metadata(Metadata({}, stream_id, path, value, time))
@@ -123,7 +142,7 @@ def test_the_session_feed_is_there_from_the_start_and_not_recorded(bench: Bench)
 
 def test_a_session_message_is_published_at_once_and_as_it_came(bench: Bench) -> None:
     envelope = {"id": "a", "type": "session_data", "payload": {"x": [None, 1]}, "of a newer publisher": 1}
-    bench.feeds.session(SessionMessage(envelope))
+    bench.feeds.session(SessionMessage(envelope), json.dumps(envelope).encode())
 
     assert bench.agent.session_messages == [envelope]
     assert bench.agent.session_messages[0] is envelope
@@ -159,6 +178,41 @@ def test_of_too_many_waiting_session_messages_the_oldest_are_dropped_and_counted
 
     assert bench.numbers() == list(range(3, 1003))
     assert bench.stats.unpublished == {NO_ROUTER: 3}
+
+
+def test_the_backlog_is_bounded_by_bytes_too(bench: Bench) -> None:
+    size = 64_000
+    most = BACKLOG_BYTES // size
+    assert most < BACKLOG_MAX
+    bench.agent.leave()
+    for number in range(most + 3):
+        bench.session(number, size)
+    assert bench.stats.unpublished == {NO_ROUTER: 3}
+    bench.agent.join()
+
+    assert bench.numbers() == list(range(3, most + 3))
+
+
+def test_a_backlog_that_was_published_takes_no_room_of_the_next_one(bench: Bench) -> None:
+    size = 64_000
+    most = BACKLOG_BYTES // size
+    for time in range(3):
+        bench.agent.leave()
+        for number in range(most):
+            bench.session(time * most + number, size)
+        bench.agent.join()
+
+    assert bench.numbers() == list(range(3 * most))
+    assert not bench.stats.unpublished
+
+
+def test_what_waited_is_published_as_it_came(bench: Bench) -> None:
+    envelope = {"id": "a", "type": "session_data", "payload": {"x": [None, 1, "\u00e9"]}, "of a newer publisher": 1}
+    bench.agent.leave()
+    bench.feeds.session(SessionMessage(envelope), json.dumps(envelope).encode())
+    bench.agent.join()
+
+    assert bench.agent.session_messages == [envelope]
 
 
 def test_session_messages_that_are_too_old_are_dropped_and_counted(bench: Bench) -> None:
@@ -291,11 +345,11 @@ def test_what_ocs_does_not_take_is_counted_and_the_next_goes_out(
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.agent, "publish_to_feed", refuse)
-        bench.feeds.session(SessionMessage({"seq_no": 1}))
-    bench.feeds.session(SessionMessage({"seq_no": 2}))
+        bench.session(1)
+    bench.session(2)
 
     assert bench.stats.unpublished == {"not taken by OCS": 1}
-    assert bench.agent.session_messages == [{"seq_no": 2}]
+    assert bench.numbers() == [2]
 
 
 def test_a_buffer_is_published_when_it_is_large(bench: Bench) -> None:
@@ -361,3 +415,69 @@ def test_a_stream_that_is_replaced_publishes_what_it_has_and_leaves_ocs(bench: B
     bench.metadata(7, "s0")
     bench.reactor.advance(1)
     assert bench.published("s0_meta") == [[7]]
+
+
+def test_while_the_router_reads_there_is_room_for_any_number_of_datagrams(bench: Bench) -> None:
+    assert all(bench.feeds.has_room(64_000) for _ in range(2 * IN_FLIGHT_MAX // 64_000))
+
+
+def test_while_the_router_reads_nothing_there_is_room_for_so_many_bytes(bench: Bench) -> None:
+    assert bench.feeds.has_room(IN_FLIGHT_MAX), "not counted before"
+    bench.pause()
+    assert bench.feeds.has_room(IN_FLIGHT_MAX - 10)
+    assert not bench.feeds.has_room(11)
+    assert bench.feeds.has_room(10), "what was refused does not count"
+    assert not bench.feeds.has_room(1)
+
+
+def test_there_is_room_again_when_the_router_reads(bench: Bench) -> None:
+    for _ in range(2):
+        bench.pause()
+        assert bench.feeds.has_room(IN_FLIGHT_MAX)
+        assert not bench.feeds.has_room(1)
+        bench.agent.transport.producer.resumeProducing()
+        assert bench.feeds.has_room(2 * IN_FLIGHT_MAX)
+
+
+def test_a_second_pause_does_not_make_room(bench: Bench) -> None:
+    bench.pause()
+    assert bench.feeds.has_room(IN_FLIGHT_MAX)
+    bench.pause()
+
+    assert not bench.feeds.has_room(1)
+
+
+def test_a_connection_that_is_lost_takes_what_was_in_flight_with_it(bench: Bench) -> None:
+    bench.pause()
+    assert bench.feeds.has_room(IN_FLIGHT_MAX)
+    bench.agent.leave()
+
+    assert bench.feeds.has_room(2 * IN_FLIGHT_MAX)
+
+
+def test_each_connection_to_the_router_is_watched(bench: Bench) -> None:
+    bench.pause()
+    assert bench.feeds.has_room(IN_FLIGHT_MAX)
+    bench.agent.join()  # without a word of the former connection's end
+    assert bench.agent.transport.streaming, "a push producer: called when the buffer is full"
+    assert bench.feeds.has_room(2 * IN_FLIGHT_MAX)
+    bench.pause()
+
+    assert bench.feeds.has_room(IN_FLIGHT_MAX)
+    assert not bench.feeds.has_room(1)
+
+
+def test_the_transport_is_watched_before_the_backlog_goes_out(bench: Bench) -> None:
+    bench.agent.leave()
+    bench.session(0)
+    publish = bench.agent.publish_to_feed
+
+    def fill(*args: Any, **options: Any) -> None:
+        publish(*args, **options)
+        bench.pause()
+
+    bench.agent.publish_to_feed = fill  # type: ignore[method-assign]
+    bench.agent.join()
+
+    assert bench.numbers() == [0]
+    assert not bench.feeds.has_room(IN_FLIGHT_MAX + 1)

@@ -10,53 +10,74 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from socs_monitor.caretaker import RETRY_S, Caretaker, NoSum, hash_file
-from socs_monitor.checksum import StoppedError
-from socs_monitor.finder import Policy
 
-from socs_monitor import caretaker as caretaker_module
 from socs_monitor.archive import Entry
-from socs_monitor.stats import Stats
+from socs_monitor.completeness import caretaker as caretaker_module
+from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile, StoppedError
+from socs_monitor.registration import checksum
+from socs_monitor.registration.checksum import Access
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.workers import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
-from tests.chain import Clock, execute, md5, write_file, write_lock
+from tests.chain import Chain, Clock, execute, md5, write_file, write_lock
 from tests.harness import rows, wait_until
 
 
 class Site:
-    """A database, its files and their caretaker."""
+    """A database, its files, the workers that hash them, and the caretaker."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.db_path = folder / "suprsync.db"
         self.clock = Clock()
-        self.said: list[str] = []
-        self.stats = Stats(lambda _, text: self.said.append(text), self.clock)
         self.hashed: list[str] = []
-        self.opened = [self.open(create_table=True)]
+        self._opened: list[Database] = []
+        self._chains: list[Chain] = []
         self.begin()
 
-    def open(self, *, create_table: bool) -> Database:
-        return Database(
-            str(self.db_path), create_table=create_table, echo=False, report=self.said.append, clock=self.clock
-        )
+    def begin(self, data_roots: tuple[str, ...] = (), hash_it: HashFile | None = None) -> None:
+        """Begin as a start of the process does; `hash_it` stands in for hashing a file."""
+        self.end()
+        policy = Policy(data_roots=data_roots)
+        chain = Chain(self.folder, self.clock, self.clock.monotonic, policy, threads=True, reserve=0)
+        self._chains.append(chain)
+        chain.registrar.begin()
+        self.db_path = chain.db_path
+        self.database = chain.database
+        self.stats = chain.stats
+        self.hash_file = chain.registrar.hash_file
 
-    def begin(self, hash_it: Callable[[str, Callable[[], bool]], str | NoSum] | None = None) -> None:
-        """Make a caretaker, as a start of the process does."""
-        hash_it = hash_it or hash_file(Policy(own=(str(self.db_path),)))
-
-        def noting(path: str, stopped: Callable[[], bool]) -> str | NoSum:
+        def noting(path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
             self.hashed.append(os.path.basename(path))
-            return hash_it(path, stopped)
+            return (hash_it or self.hash_file)(path, stopped)
 
-        self.opened.append(self.open(create_table=False))
-        self.caretaker = Caretaker(self.opened[-1], noting, self.stats, self.clock)
+        database = Database(str(self.db_path), create_table=False, echo=False, report=print, clock=self.clock)
+        self._opened.append(database)
+        self.caretaker = Caretaker(database, noting, self.stats, self.clock.monotonic)
+
+    def end(self) -> None:
+        while self._chains:
+            chain = self._chains.pop()
+            chain.registrar.workers.close()
+            chain.crash()
+        while self._opened:
+            self._opened.pop().close()
+
+    @property
+    def said(self) -> list[str]:
+        """Lines of the log since `begin`."""
+        return [text for _, text in self._chains[-1].said]
+
+    def figures(self) -> dict[str, Any]:
+        """What the session data tells of the database."""
+        figures: dict[str, Any] = self.stats.data(self._chains[-1].spool.counts)["database"]
+        return figures
 
     def register(self, name: str, content: bytes, **state: Any) -> str:
         """Write a file, register it and set columns of its row; return its path."""
         path = self.folder / "files" / name
         entry = Entry("smurf", str(path), f"17000/slot2/a/outputs/{name}", deletable=True)
-        self.opened[0].register([HashedFile(entry, write_file(path, content))])
+        self.database.register([HashedFile(entry, write_file(path, content))])
         columns = ", ".join(f"{column} = ?" for column in state)
         execute(self.db_path, f"UPDATE supersync_v0 SET {columns} WHERE local_path = ?", *state.values(), str(path))
         return str(path)
@@ -70,8 +91,7 @@ class Site:
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
-    for database in site.opened:
-        database.close()
+    site.end()
 
 
 def test_a_row_that_suprsync_gave_up_is_copied_again_at_most_once_an_hour(site: Site) -> None:
@@ -80,7 +100,7 @@ def test_a_row_that_suprsync_gave_up_is_copied_again_at_most_once_an_hour(site: 
 
     assert site.caretaker.run_pass() == 1
     assert site.row() == {**before, "failed_copy_attempts": 0}
-    assert site.stats.data(site_counts())["database"]["corrected"] == 1
+    assert site.figures()["corrected"] == 1
     assert [line for line in site.said if "event=corrected" in line and f"path={path}" in line]
     for attempts in (0, 2, 4, 5, 6):
         execute(site.db_path, "UPDATE supersync_v0 SET failed_copy_attempts = ?", attempts)
@@ -88,11 +108,6 @@ def test_a_row_that_suprsync_gave_up_is_copied_again_at_most_once_an_hour(site: 
         assert site.caretaker.run_pass() == 0
     site.clock.advance(RETRY_S - 5 * 60)
     assert site.caretaker.run_pass() == 1
-
-
-def site_counts() -> dict[str, int]:
-    states = ("received", "settled", "settling", "pending", "waiting", "dead", "discarded")
-    return dict.fromkeys(states, 0)
 
 
 @pytest.mark.parametrize("state", [{"failed_copy_attempts": 1}, {"removed": 9.0, "remote_md5sum": "other"}])
@@ -149,7 +164,7 @@ def test_rows_of_files_that_are_gone_are_reported_and_left_as_they_are(site: Sit
         assert site.caretaker.run_pass() == 0
 
     assert rows(site.db_path) == before
-    assert site.stats.data(site_counts())["database"]["file_missing"] == 3
+    assert site.figures()["file_missing"] == 3
     (line,) = (line for line in site.said if "event=file_missing" in line)
     assert line.startswith("3 rows wait for a copy of a file that is gone, among them ")
 
@@ -162,7 +177,7 @@ def test_a_file_that_is_back_is_copied(site: Site) -> None:
 
     assert site.caretaker.run_pass() == 1
     assert site.row()["failed_copy_attempts"] == 0
-    assert site.stats.data(site_counts())["database"]["file_missing"] == 0
+    assert site.figures()["file_missing"] == 0
 
 
 def test_a_file_that_cannot_be_read_is_left_for_later(site: Site) -> None:
@@ -180,9 +195,10 @@ def test_nothing_but_regular_files_below_the_data_roots_is_opened(site: Site, tm
     site.register("a", b"content", failed_copy_attempts=6)
     Path(site.register("b", b"content", failed_copy_attempts=6)).unlink()
     os.mkfifo(tmp_path / "files" / "b")
-    site.begin(hash_file(Policy(data_roots=("/nowhere",))))
+    site.begin(data_roots=("/nowhere",))
     assert site.caretaker.run_pass() == 0
-    site.begin()
+    assert site.figures()["file_missing"] == 0
+    site.begin(data_roots=(str(tmp_path),))
 
     assert site.caretaker.run_pass() == 1
     assert site.row("b")["failed_copy_attempts"] == 6
@@ -202,13 +218,12 @@ def test_every_stuck_row_is_looked_at_however_many_there_are(site: Site, monkeyp
 
 def test_a_row_that_suprsync_writes_meanwhile_is_left_to_the_next_pass(site: Site) -> None:
     site.register("a", b"content", failed_copy_attempts=6)
-    hash_it = hash_file(Policy())
 
-    def meanwhile(path: str, stopped: Callable[[], bool]) -> str | NoSum:
+    def meanwhile(path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
         execute(site.db_path, "UPDATE supersync_v0 SET remote_md5sum = local_md5sum")
-        return hash_it(path, stopped)
+        return site.hash_file(path, stopped)
 
-    site.begin(meanwhile)
+    site.begin(hash_it=meanwhile)
     before = site.row()
     assert site.caretaker.run_pass() == 0
     assert site.row() == {**before, "remote_md5sum": before["local_md5sum"]}
@@ -222,6 +237,7 @@ def test_a_row_whose_place_another_path_holds_is_hashed_once_an_hour(site: Site)
         assert site.caretaker.run_pass() == 0
 
     assert site.hashed == ["a"]
+    assert not [line for line in site.said if "event=corrected" in line]
 
 
 def test_a_locked_database_ends_the_pass(site: Site) -> None:
@@ -235,16 +251,15 @@ def test_a_locked_database_ends_the_pass(site: Site) -> None:
 def test_the_thread_looks_again_and_again_whatever_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caretaker_module, "FIRST_S", 0.01)
     monkeypatch.setattr(caretaker_module, "INTERVAL_S", 0.01)
-    hash_it = hash_file(Policy())
     faults = iter([DatabaseUnavailableError("no"), ZeroDivisionError("nobody thought of it")])
 
-    def faulty(path: str, stopped: Callable[[], bool]) -> str | NoSum:
+    def faulty(path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
         for fault in faults:
             raise fault
-        return hash_it(path, stopped)
+        return site.hash_file(path, stopped)
 
     site.register("a", b"content", failed_copy_attempts=6)
-    site.begin(faulty)
+    site.begin(hash_it=faulty)
     site.caretaker.start()
     wait_until(lambda: site.row()["failed_copy_attempts"] == 0, 10, "it is corrected")
     site.caretaker.stop()
@@ -258,7 +273,6 @@ def test_a_stop_ends_it_within_a_second_also_while_it_hashes(site: Site, monkeyp
     path = site.register("a", b"content", failed_copy_attempts=6)
     with open(path, "wb") as file:
         file.truncate(1 << 40)
-    site.begin()
     site.caretaker.start()
     wait_until(lambda: site.hashed, 10, "it hashes")
     begin = time.monotonic()
@@ -271,20 +285,31 @@ def test_a_stop_ends_it_within_a_second_also_while_it_hashes(site: Site, monkeyp
 def test_a_disk_that_hangs_does_not_hold_up_a_stop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caretaker_module, "FIRST_S", 0.0)
     site.register("a", b"content", failed_copy_attempts=6)
-    release = threading.Event()
+    hanging, release = threading.Event(), threading.Event()
+    find = checksum._find
 
-    def hanging(path: str, stopped: Callable[[], bool]) -> str | NoSum:
-        release.wait(30)
-        if stopped():
-            raise StoppedError(path)
-        return NoSum.GONE
+    def hanging_find(path: str, access: Access) -> tuple[int, os.stat_result]:
+        hanging.set()
+        release.wait(60)
+        return find(path, access)
 
-    site.begin(hanging)
+    monkeypatch.setattr(checksum, "_find", hanging_find)
     site.caretaker.start()
-    wait_until(lambda: site.hashed, 10, "it hashes")
+    assert hanging.wait(10)
     begin = time.monotonic()
     site.caretaker.stop()
-    assert time.monotonic() - begin < 1.5
+    taken = time.monotonic() - begin
     release.set()
-    site.caretaker._thread.join(10)
+
+    assert taken < 1
     assert not site.caretaker._thread.is_alive()
+    assert site.row()["failed_copy_attempts"] == 6
+
+
+def test_a_pass_ends_where_there_are_no_workers_any_more(site: Site) -> None:
+    site.register("a", b"content", failed_copy_attempts=6)
+    site.begin(hash_it=lambda path, stopped: None)
+    with pytest.raises(StoppedError):
+        site.caretaker.run_pass()
+
+    assert site.row()["failed_copy_attempts"] == 6
