@@ -74,7 +74,6 @@ class _Registered(NamedTuple):
 
     path: str
     fingerprint: int
-    rounds: int
     before: tuple[int, ...]
 
 
@@ -419,7 +418,7 @@ class Registrar:
             if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
                 before = (*self._registered[former].before, former)
             self._latest[path] = id_
-            self._registered[id_] = _Registered(path, fingerprint, rounds, before)
+            self._registered[id_] = _Registered(path, fingerprint, before)
             by_rounds.setdefault(rounds, []).append(id_)
             if self._debug is not None:
                 where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
