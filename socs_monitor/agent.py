@@ -311,7 +311,15 @@ class PysmurfMonitor(DatagramProtocol):
                 self._registrar.resume()
             self._stats.say_registered()
             self._show()
+            if once and self._receiver is None:
+                self._close_spool()
         return True, "Monitor exited cleanly."
+
+    def _close_spool(self) -> None:
+        """Let go of the spool, as nobody else does for a monitor made by hand; it is opened again when it is needed."""
+        self._intake.close()
+        for part in ("_spool", "_intake", "_registrar", "_report"):
+            self.__dict__.pop(part, None)
 
     def _run_for_ever(self) -> None:
         while self.running:

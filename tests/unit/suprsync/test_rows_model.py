@@ -32,7 +32,7 @@ from socs_monitor.suprsync.upsert import HashedFile
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 from tests.suprsync_model import SupRsync
 
-EXAMPLES = int(os.environ.get("ROWS_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("ROWS_EXAMPLES", "100"))
 
 DELETE_AFTER_S = 30.0
 
