@@ -233,6 +233,8 @@ def _reduced(payload: JSON) -> JSON:
             kept[key] = value if key == "path" or len(value) <= MAX_STRING else value[:MAX_STRING]
         elif not isinstance(value, (list, dict)):
             kept[key] = value
+        elif key == "plot":
+            kept[key] = bool(value)
         elif key in _OF_ROW:
             kept[key] = type(value)()
     if len(kept) <= MAX_FIELDS:

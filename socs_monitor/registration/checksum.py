@@ -67,7 +67,7 @@ def check_path(path: str, roots: tuple[str, ...]) -> None:
         normal = os.path.normpath(path)
         if normal.startswith("//"):  # the only ones that it keeps
             normal = normal[1:]
-        if not normal.startswith(_below(roots)) and not normal.startswith(_below(_resolved(roots))):
+        if not _is_inside(normal, roots):
             raise FileRefusedError(f"{path} is outside of the data roots {', '.join(roots)}")
 
 
@@ -78,7 +78,7 @@ def _find(path: str, access: Access) -> tuple[int, os.stat_result]:
     try:
         handle = os.open(path, _FIND)
     except OSError:
-        if roots and not os.path.realpath(path).startswith(_below(_resolved(roots))):
+        if roots and not _is_inside(os.path.realpath(path), roots):
             raise FileRefusedError(f"{path} is outside of the data roots {', '.join(roots)}") from None
         raise
     try:
@@ -86,7 +86,7 @@ def _find(path: str, access: Access) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(status.st_mode):
             raise FileRefusedError(f"{path} is {_kind(status.st_mode)}, not a regular file")
         target = os.readlink(str(handle), dir_fd=_descriptors(os.getpid()))
-        if roots and not target.startswith(_below(_resolved(roots))):
+        if roots and not _is_inside(target, roots):
             raise FileRefusedError(f"{path} is {target}, outside of the data roots {', '.join(roots)}")
         # closing a descriptor of a file that SQLite has open here would drop all of its locks (POSIX)
         if target.startswith(own) or (status.st_nlink > 1 and _is_one_of(status, own)):
@@ -116,10 +116,15 @@ def _descriptors(pid: int) -> int:
     return os.open(f"/proc/{pid}/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
+def _is_inside(path: str, roots: tuple[str, ...]) -> bool:
+    """Whether a path begins with one of the roots, as they are spelled or without symbolic links."""
+    return path.startswith(_below(roots)) or any(path.startswith(_below((_resolved(root),))) for root in roots)
+
+
 @functools.cache
-def _resolved(roots: tuple[str, ...]) -> tuple[str, ...]:
-    """The roots without symbolic links. Found when a file is first looked up, since a root's disk may hang."""
-    return tuple(os.path.realpath(root) for root in roots)
+def _resolved(root: str) -> str:
+    """Return a root without symbolic links. Found when it is first needed, since its disk may hang."""
+    return os.path.realpath(root)
 
 
 @functools.cache
@@ -154,7 +159,7 @@ def present_fingerprint(path: str, access: Access, folders: dict[str, bool]) -> 
     folder = path.rpartition("/")[0]
     if (inside := folders.get(folder)) is None:
         roots = access.roots
-        inside = not roots or f"{os.path.realpath(folder)}/".startswith(_below(_resolved(roots)))
+        inside = not roots or _is_inside(f"{os.path.realpath(folder)}/", roots)
         folders[folder] = inside
     if inside:
         status = os.lstat(path)

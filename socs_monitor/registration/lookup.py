@@ -83,8 +83,9 @@ def is_given_up(attempts: int, give_up_after: float) -> bool:
 
 
 def recheck_delay(rounds: int, settle_after: float) -> float:
-    """Return the seconds until a file is checked again that was registered again `rounds` times."""
-    return min(settle_after * 2.0 ** min(rounds, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
+    """Return the seconds until a registered file is checked again; `rounds` as of its `Registration`."""
+    changes = max(0, rounds - 1)
+    return min(settle_after * 2.0 ** min(changes, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
 
 
 def duration(seconds: float) -> str:

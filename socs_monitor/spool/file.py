@@ -11,7 +11,7 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     sender    host:port
     message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
     attempts  number of failed attempts to read its file
-    rounds    number of times that its file had changed after its row was committed
+    rounds    0 until its row is committed, then 1, and one more each time that its file changed since
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
               is dead. A start assigns it anew, since that clock begins again with each boot
     reason    why it waits or is dead

@@ -90,8 +90,8 @@ _CHANGES: Mapping[State, str] = {
     State.DEAD: "due = NULL, reason = :reason",
 }
 _MORE_CHANGES: Mapping[Event, str] = {
+    Event.COMMITTED: ", rounds = max(rounds, 1)",
     Event.CHANGED: f", rounds = {_one_more('rounds')}",
-    Event.RESTARTED: f", rounds = {_one_more('rounds')}",
     Event.GIVEN_UP: f", attempts = {_one_more('attempts')}",
     Event.REFUSED: ", refused = 1",
     Event.RETRIED: ", attempts = 0, refused = 0",
@@ -137,7 +137,7 @@ class Registration(dict[str, Any]):
         received (float): Unix time of acceptance.
         sender (str): ``host:port``.
         attempts (int): Number of failed attempts to read its file, when it was taken from the spool.
-        rounds (int): Number of times that it was taken up again after its row was committed, likewise.
+        rounds (int): 0 if its row was never committed, else one more than its file changed since, likewise.
     """
 
     __slots__ = ("attempts", "id", "received", "rounds", "sender")
@@ -334,7 +334,7 @@ class Spool:
             db.execute(_KNOWN_STATES)
             superseded = self._superseded(db)
             restarted = db.execute(
-                f"UPDATE registrations SET state = 'pending', rounds = {_one_more('rounds')} WHERE state = 'registered'"
+                "UPDATE registrations SET state = 'pending' WHERE state = 'registered'"
                 " AND id NOT IN (SELECT value FROM json_each(?))",
                 (json.dumps(superseded),),
             ).rowcount

@@ -155,5 +155,5 @@ def test_a_flood_of_large_messages_fills_no_memory_and_starves_no_register(
             hostile.send(monitor.udp_port, [*itertools.islice(itertools.cycle(flood), 50), sample("ufm_mv1", number)])
         after = resident_mib(monitor)
         monitor.wait_for(lambda: values(subscriber, "ufm_mv1")[-100:] == [*range(100)], 30, "published the register")
-    assert data(client)["unpublished"].keys() == {"overload"}
+    assert data(client)["unpublished"].keys() <= {"overload"}
     assert after - before < 100, "megabytes of 300 that were sent"

@@ -164,7 +164,8 @@ def test_a_hung_mount_outside_of_the_data_roots_is_refused_unseen(
             return all(path in found and found[path][0] == "dead" for path in outside)
 
         agent.wait_for(refused, 5, "refused them all")
-        assert {"outside of the data roots" in reason for _, reason in fates(agent).values()} == {True}
+        found = fates(agent)
+        assert {"outside of the data roots" in found[path][1] for path in outside} == {True}
         assert HANGS not in agent.log
         stop(agent)
 

@@ -55,25 +55,6 @@ def test_a_path_that_cannot_be_looked_up_holds_up_no_other(
     assert "unforeseen" not in monitor.log
 
 
-def test_any_number_of_attempts_holds_up_no_other(agent: StartAgent, tmp_path: Path) -> None:
-    monitor = agent(options=[["--give-up-after", 1e6]])
-    path = tmp_path / "missing.txt"
-    publisher = Publisher("ufm_mv19", monitor.address)
-    publisher.data_file(str(path), timestamp=1700000000, action="take_iv", action_ts="1700000000")
-    publisher.close()
-    spool = spool_of(monitor)
-    monitor.wait_for(lambda: spooled(spool) == {str(path): "waiting"}, 30, "waits for the file")
-    assert monitor.stop() == 0
-    execute(spool, "UPDATE registrations SET attempts = 1024, due = 0")
-    monitor.start()
-    monitor.wait_listening()
-    attempts = "SELECT attempts FROM registrations WHERE state = 'waiting'"
-    monitor.wait_for(lambda: execute(spool, attempts) == [(1025,)], 30, "looked for the file once more")
-
-    wait_registered(monitor, announce(monitor, tmp_path / "data", 12))
-    assert "unforeseen" not in monitor.log
-
-
 def test_a_message_that_this_version_cannot_read_holds_up_no_other(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     path = tmp_path / "missing.txt"

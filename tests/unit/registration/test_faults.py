@@ -192,7 +192,7 @@ def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, c
     clock.advance(SETTLE_S)
     chain.step()
     assert chain.sums() == {"a.dat": sum_}
-    clock.advance(2 * SETTLE_S)
+    clock.advance(SETTLE_S)
     chain.step()
     assert chain.counts() == {"received": 1, "settled": 1}
 
@@ -209,7 +209,7 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     chain.step()
 
     assert chain.sums() == {name: md5(name.encode()) for name in ("a.dat", "b.dat", "c.dat")}
-    clock.advance(2 * SETTLE_S)
+    clock.advance(SETTLE_S)
     chain.step()
     assert chain.counts() == {"received": 3, "settled": 3}
 

@@ -44,11 +44,12 @@ def test_there_may_be_any_number_of_attempts(attempts: int) -> None:
 
 
 @given(rounds=st.integers(0, 2**63 - 1), settle_after=st.sampled_from([0.0, 0.3, 5.0, 60.0, 300.0]))
-def test_the_delay_of_a_recheck_doubles_with_each_round_up_to_a_minute(rounds: int, settle_after: float) -> None:
+def test_the_delay_of_a_recheck_doubles_with_each_change_up_to_a_minute(rounds: int, settle_after: float) -> None:
     delay = recheck_delay(rounds, settle_after)
-    assert recheck_delay(0, settle_after) == settle_after
+    assert recheck_delay(0, settle_after) == recheck_delay(1, settle_after) == settle_after
     assert settle_after <= delay <= max(settle_after, 60.0)
-    assert recheck_delay(rounds + 1, settle_after) == max(settle_after, min(2 * delay, 60.0))
+    if rounds:
+        assert recheck_delay(rounds + 1, settle_after) == max(settle_after, min(2 * delay, 60.0))
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,28 @@ def parking(threads: Threads) -> Parking:
     return Parking(("/data/a", "/data/b"), threads)
 
 
+def park(parking: Parking, path: str, now: float) -> str:
+    """Have a call stall, and hang on, at a path."""
+    return parking.park(parking.suspend(path, now))
+
+
+def test_a_folder_where_a_call_stalls_is_left_alone_but_not_reported(parking: Parking) -> None:
+    folder = parking.suspend("/data/a/x/z.dat", 0.0)
+    assert parking.covers("/data/a/x/other.dat")
+    assert parking.folders == []
+    parking.release(folder)
+    assert not parking
+    assert parking.park(folder) == folder, "it came back just before"
+    assert not parking
+
+
 def test_nothing_is_parked_at_first(parking: Parking) -> None:
     assert not parking
     assert not parking.covers("/data/a/x/y")
 
 
 def test_the_first_folder_below_the_data_root_is_parked(parking: Parking) -> None:
-    assert parking.park("/data/a/x/y/z.dat", 0.0) == "/data/a/x"
+    assert park(parking, "/data/a/x/y/z.dat", 0.0) == "/data/a/x"
     assert parking
     assert parking.folders == ["/data/a/x"]
     for path in (
@@ -57,17 +72,17 @@ def test_the_first_folder_below_the_data_root_is_parked(parking: Parking) -> Non
 
 
 def test_a_file_in_the_data_root_itself_is_parked_alone(parking: Parking) -> None:
-    assert parking.park("/data/a/z.dat", 0.0) == "/data/a/z.dat"
+    assert park(parking, "/data/a/z.dat", 0.0) == "/data/a/z.dat"
     assert parking.covers("/data/a/z.dat")
     assert not parking.covers("/data/a/y.dat")
 
 
 def test_a_root_is_parked_as_a_whole_at_so_many_folders(parking: Parking) -> None:
     for number in range(MAX_FOLDERS - 1):
-        parking.park(f"/data/a/{number}/z.dat", 0.0)
-        parking.park("/data/b/x/z.dat", 0.0)  # counts once, and for the other root
+        park(parking, f"/data/a/{number}/z.dat", 0.0)
+        park(parking, "/data/b/x/z.dat", 0.0)  # counts once, and for the other root
     assert not parking.covers("/data/a/other/z.dat")
-    assert parking.park("/data/a/last/z.dat", 0.0) == "/data/a"
+    assert park(parking, "/data/a/last/z.dat", 0.0) == "/data/a"
     assert parking.covers("/data/a/other/z.dat")
     assert not parking.covers("/data/b/y/z.dat")
 
@@ -75,18 +90,18 @@ def test_a_root_is_parked_as_a_whole_at_so_many_folders(parking: Parking) -> Non
 def test_without_roots_the_first_folders_of_all_are_parked_but_never_all(threads: Threads) -> None:
     parking = Parking((), threads)
     for number in range(2 * MAX_FOLDERS):
-        assert parking.park(f"/mnt{number}/z.dat", 0.0) == f"/mnt{number}"
+        assert park(parking, f"/mnt{number}/z.dat", 0.0) == f"/mnt{number}"
     assert not parking.covers("/data/z.dat")
 
 
 def test_paths_outside_of_the_roots_never_park_all_of_the_disk(parking: Parking) -> None:
     for number in range(2 * MAX_FOLDERS):
-        assert parking.park(f"/mnt{number}/z.dat", 0.0) == f"/mnt{number}"
+        assert park(parking, f"/mnt{number}/z.dat", 0.0) == f"/mnt{number}"
     assert not parking.covers("/data/a/x/z.dat")
 
 
 def test_a_folder_is_released_when_a_call_comes_back(parking: Parking) -> None:
-    first, second = parking.park("/data/a/x/z.dat", 0.0), parking.park("/data/a/y/z.dat", 0.0)
+    first, second = park(parking, "/data/a/x/z.dat", 0.0), park(parking, "/data/a/y/z.dat", 0.0)
     parking.release(first)
     assert parking.folders == [second]
     parking.release(first)
@@ -95,7 +110,7 @@ def test_a_folder_is_released_when_a_call_comes_back(parking: Parking) -> None:
 
 @pytest.mark.parametrize("path", ["/data/a/x/missing", "/data/a/x/" + "n" * 256, "/"])
 def test_a_disk_that_answers_whatever_is_released_by_a_probe(parking: Parking, threads: Threads, path: str) -> None:
-    parking.park(path, 100.0)
+    park(parking, path, 100.0)
     parking.probe(100.0 + PROBE_S - 1)
     assert not threads.work
     parking.probe(100.0 + PROBE_S)
@@ -105,20 +120,20 @@ def test_a_disk_that_answers_whatever_is_released_by_a_probe(parking: Parking, t
 
 
 def test_a_probe_that_hangs_is_the_only_one(parking: Parking, threads: Threads) -> None:
-    parking.park("/data/a/x/z.dat", 0.0)
+    park(parking, "/data/a/x/z.dat", 0.0)
     for minute in range(1, 100):
         parking.probe(minute * PROBE_S)
     assert len(threads.work) == 1
-    parking.park("/data/a/x/another.dat", 0.0)
+    park(parking, "/data/a/x/another.dat", 0.0)
     parking.probe(200 * PROBE_S)
     assert len(threads.work) == 1
 
 
 def test_a_folder_that_hangs_again_is_probed_again(parking: Parking, threads: Threads) -> None:
-    parking.park("/data/a/x/z.dat", 0.0)
+    park(parking, "/data/a/x/z.dat", 0.0)
     parking.probe(PROBE_S)
     threads.run()
-    parking.park("/data/a/x/z.dat", 2 * PROBE_S)
+    park(parking, "/data/a/x/z.dat", 2 * PROBE_S)
     parking.probe(2 * PROBE_S)
     assert not threads.work
     parking.probe(3 * PROBE_S)

@@ -254,6 +254,18 @@ def test_a_file_counts_once_however_often_the_process_starts(chain: Chain, clock
     assert streams["crate1slot2"]["files_today"] == 1
 
 
+def test_the_recheck_comes_as_soon_however_often_the_process_starts(chain: Chain, clock: Clock) -> None:
+    chain.write("a.dat", b"content")
+    chain.accept("a.dat")
+    chain.step()
+    for _ in range(10):
+        chain.reopen()
+        chain.step()
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 1, "settled": 1}
+
+
 def test_what_cannot_be_opened_is_tried_again(chain: Chain, clock: Clock) -> None:
     loop = chain.path("loop.dat")
     loop.parent.mkdir()

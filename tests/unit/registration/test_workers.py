@@ -20,6 +20,7 @@ from socs_monitor.registration.parking import MAX_FOLDERS, Parking
 from socs_monitor.registration.workers import (
     HANG_S,
     HANGS,
+    STALL_S,
     Failed,
     FailedLarge,
     Hash,
@@ -138,11 +139,11 @@ class Bench:
         wait_until(idle, 20, "everything is done")
         return self.results
 
-    def supervise_for(self, seconds: float) -> None:
-        """Look at the workers each second, for so many of them."""
+    def supervise_for(self, seconds: float, every: float = 1.0) -> None:
+        """Look at the workers each second, or so often, for so many seconds."""
         self.workers.supervise()
-        for _ in range(round(seconds)):
-            self.clock.advance(1)
+        for _ in range(round(seconds / every)):
+            self.clock.advance(every)
             self.workers.supervise()
 
     def let_hang(self, hang: Hang, path: str) -> None:
@@ -428,7 +429,7 @@ def test_a_worker_that_makes_progress_is_left_alone(tmp_path: Path, clock: Clock
     bench.submit(*(bench.registration(f"{number}", number) for number in range(5)))
     for number in range(5):
         wait_until(lambda n=number: bench.path(f"{n}") in hang.hanging, 20, "it is at the next one")
-        bench.supervise_for(HANG_S - 1)
+        bench.supervise_for(STALL_S * 0.8, STALL_S * 0.4)
         hang.release(bench.path(f"{number}"))
     assert reasons(bench.wait_idle()) == dict.fromkeys(range(5))
     assert not bench.parking
@@ -442,12 +443,12 @@ def test_each_file_has_its_whole_time(tmp_path: Path, clock: Clock, hang: Hang) 
         hang.add(bench.path(name))
         bench.submit(Hash(bench.path(name), lambda _: None))
     wait_until(lambda: bench.path("empty") in hang.hanging, 20, "it is at the first one")
-    bench.supervise_for(HANG_S - 1)
+    bench.supervise_for(STALL_S * 0.8, STALL_S * 0.4)
     hang.release(bench.path("empty"))
     wait_until(lambda: bench.path("another") in hang.hanging, 20, "it is at the next one")
-    bench.supervise_for(HANG_S - 1)
+    bench.supervise_for(STALL_S * 0.8, STALL_S * 0.4)
     assert not bench.parking
-    bench.supervise_for(2)
+    bench.supervise_for(STALL_S * 0.4, STALL_S * 0.4)
     assert bench.parking
     bench.close()
 
@@ -458,8 +459,8 @@ def test_a_worker_that_comes_back_while_it_is_abandoned_does_no_harm(tmp_path: P
     class Slow(Parking):
         """Parks while the worker comes back."""
 
-        def park(self, path: str, now: float) -> str:
-            folder = super().park(path, now)
+        def park(self, name: str) -> str:
+            folder = super().park(name)
             hang.release(path)
             wait_until(lambda: worker.progress > 0, 20, "the worker is back")
             return folder

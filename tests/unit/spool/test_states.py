@@ -34,15 +34,15 @@ LIFE = {
     (State[origin], Event[event]): State[target]
     for origin, event, target in (line.split() for line in TABLE.strip().splitlines())
 }
-ATTEMPT, ROUND, REFUSED = {"attempts": 3}, {"rounds": 1}, {"refused": 1}
+ATTEMPT, REFUSED = {"attempts": 3}, {"refused": 1}
 
 # Of what a transition does to a row beside its state, due time and reason; from a row that failed twice.
 MORE = {
+    (State.PENDING, Event.COMMITTED): {"rounds": 1},
     (State.PENDING, Event.FAILED): ATTEMPT,
     (State.PENDING, Event.GIVEN_UP): ATTEMPT,
     (State.PENDING, Event.REFUSED): REFUSED,
-    (State.REGISTERED, Event.CHANGED): ROUND,
-    (State.REGISTERED, Event.RESTARTED): ROUND,
+    (State.REGISTERED, Event.CHANGED): {"rounds": 2},
     (State.REGISTERED, Event.REFUSED): REFUSED,
     (State.DEAD, Event.RETRIED): {"attempts": 0, "refused": 0},
 }

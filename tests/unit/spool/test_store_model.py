@@ -102,7 +102,7 @@ class SpoolMachine(RuleBasedStateMachine):
             row = self.rows[id_]
             row.state, row.due = state, due if state is not State.DEAD else None
             row.attempts += event in (Event.FAILED, Event.GIVEN_UP)
-            row.rounds += event in (Event.CHANGED, Event.RESTARTED)
+            row.rounds = max(row.rounds, event is Event.COMMITTED) + (event is Event.CHANGED)
             if state in (State.WAITING, State.DEAD):
                 row.reason = str(event)
             if event is Event.REFUSED:
@@ -160,7 +160,7 @@ class SpoolMachine(RuleBasedStateMachine):
         latest = {row.path: id_ for id_, row in sorted(self.rows.items()) if row.state is not State.DEAD}
         for id_, row in self.rows.items():
             if row.state is State.REGISTERED and latest[row.path] == id_:
-                row.state, row.rounds = State.PENDING, row.rounds + 1
+                row.state = State.PENDING
             if row.state in (State.PENDING, State.REGISTERED):
                 row.due = 0.0
             elif row.state is State.WAITING:

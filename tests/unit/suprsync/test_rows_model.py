@@ -18,16 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from socs_monitor import spoolfile
-from socs_monitor.caretaker import RETRY_S, Caretaker, NoSum, hash_file
+from socs_monitor.completeness.caretaker import RETRY_S, Caretaker
 from socs_monitor.emulator import g3_file
-from socs_monitor.finder import Policy
-from socs_monitor.suprsync import database as database_module
+from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.workers import FailedLarge, Hash, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
 from socs_monitor.suprsync.upsert import HashedFile
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
@@ -86,14 +85,14 @@ class Driver:
         recheck_survives_restart: Whether a re-check that another announcement made void stays so after a restart.
     """
 
-    recheck_survives_restart = False
+    recheck_survives_restart = True
 
     def __init__(
         self, folder: Path, clock: Clock, registered: Callable[[list[HashedFile], list[Outcome]], None]
     ) -> None:
         self._clock = clock
         self._registered = registered
-        self._chain = Chain(folder, clock, Policy(settle_after=SETTLE_S))
+        self._chain = Chain(folder, clock, clock.monotonic, Policy(settle_after=SETTLE_S), busy_timeout=0.0)
         self.db_path = self._chain.db_path
         self.path = self._chain.path
         self.write = self._chain.write
@@ -113,16 +112,23 @@ class Driver:
         self._chain.database.register = noting  # type: ignore[assignment, method-assign]
         # None for a stop: the next caretaker makes one of its own
         self._caretaker_database = Database(
-            str(self.db_path), create_table=False, echo=False, report=lambda _: None, clock=self._clock
+            str(self.db_path),
+            create_table=False,
+            echo=False,
+            report=lambda _: None,
+            clock=self._clock,
+            busy_timeout=0.0,
         )
         self._meanwhile: Callable[[], None] | None = None
-        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.stats, self._clock)
+        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.stats, self._clock.monotonic)
 
-    def _hash(self, path: str, stopped: Callable[[], bool]) -> str | NoSum:
-        found = hash_file(Policy())(path, stopped)
+    def _hash(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
+        answers: list[HashedLarge | FailedLarge] = []
+        self._chain.registrar.workers.submit([Hash(path, answers.append)])
+        self._chain.hash_large()
         if self._meanwhile is not None:
             self._meanwhile()
-        return found
+        return answers[0]
 
     def announce(self, key: Key) -> None:
         """Have an announcement arrive."""
@@ -133,8 +139,11 @@ class Driver:
             self._chain.accept_datagram({"id": "s", "type": "g3_file", "payload": payload})
 
     def step(self) -> None:
-        """Do all that can be done now."""
-        self._chain.step()
+        """Do all that can be done now. A step that would wait for a lock ends as `run` does when it is stopped."""
+        try:
+            self._chain.step()
+        except StoppedError:
+            self._chain.registrar.begin()
 
     @property
     def unregistered(self) -> int:
@@ -146,7 +155,7 @@ class Driver:
     def unsettled(self) -> int:
         """How many registrations are yet to be done."""
         counts = self._chain.spool.counts
-        return sum(counts[state] for state in ("pending", "waiting", "settling"))
+        return sum(counts[state] for state in ("pending", "waiting", "registered"))
 
     def correct(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Have the caretaker make a pass, with something happening after it hashed each file."""
@@ -169,9 +178,6 @@ class Driver:
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(spoolfile, "_BUSY_TIMEOUT_S", 0.0)
-        self.patch.setattr(database_module, "_BUSY_TIMEOUT_S", 0.0)
         # the third component is the dated folder of deletable files
         top = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp/rows")
         self.folder = top / str(next(_folders))
@@ -521,7 +527,6 @@ class Machine(RuleBasedStateMachine):
         finally:
             self.lock.close()
             self.driver.close()
-            self.patch.undo()
             shutil.rmtree(self.folder)
 
     def announce_again(self, again: list[Key]) -> None:
