@@ -270,8 +270,9 @@ class PysmurfMonitor(DatagramProtocol):
             ``degraded`` maps each condition under which files do not get through to its reason: what happened,
             what it means, what to do. The conditions are ``database``, ``spool``, ``intake``, ``spool entries``,
             ``spool sync``, ``spool size`` (nearly full), ``oldest`` (a file waits for its row for more than a
-            minute), ``given up`` (a file was looked for in vain; for an hour), ``gaps`` and ``kernel drops``
-            (messages were lost; for five minutes), ``socket`` and ``unforeseen``. Each ends by itself.
+            minute), ``given up`` (a file was missing for too long; for an hour), ``gaps`` and ``kernel drops``
+            (messages were lost; for five minutes), ``disk_hangs`` (files on it wait), ``socket`` and ``unforeseen``. Each
+            ends by itself.
 
             ``malformed`` are datagrams that were no message, ``refused`` registrations that could not even be
             kept, ``unpublished`` messages that reached no feed, each by reason. ``lost`` are messages that never

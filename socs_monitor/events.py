@@ -17,7 +17,7 @@ EVENTS: Mapping[str, str] = {
     "changed": "A file changed after it was registered; it is hashed and registered again.",
     "corrected": "A row that SupRsync could not finish was given the present content of its file.",
     "file_missing": "Rows wait for a copy of a file that is gone: SupRsync can never finish them.",
-    "given_up": "A file was looked for in vain for too long: its registration is a dead letter.",
+    "given_up": "A file was missing or unreadable for too long: its registration is a dead letter.",
     "refused": "A registration can never become a row: it is a dead letter.",
     "dead_letters": "Dead letters were tried again or discarded by a person, or dropped since there are too many.",
     "backfill": "A backfill ended.",

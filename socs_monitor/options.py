@@ -98,8 +98,9 @@ def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argum
         action="extend",
         default=[],
         metavar="DIR",
-        help="Folder in which files may lie; what resolves to a place outside is refused. May be repeated. Without it"
-        " any file that a sender names is registered, and SupRsync may delete it.",
+        help="Folder in which files may lie, spelled as the senders spell their paths; a path that is outside, or"
+        " resolves to a place outside, is refused. May be repeated. Without it any file that a sender names is"
+        " registered, and SupRsync may delete it.",
     )
     group.add_argument(
         "--udp-host",

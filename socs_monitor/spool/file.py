@@ -9,7 +9,7 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     state     one of `states.STORED`
     received  unix time of acceptance
     sender    host:port
-    message   the registration as a JSON datagram, reduced to the fields that `messages.compact` keeps
+    message   the registration as a JSON datagram, reduced to the fields that `messages.parse` keeps
     attempts  number of failed attempts to read its file
     rounds    0 until its row is committed, then 1, and one more each time that its file changed since
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
