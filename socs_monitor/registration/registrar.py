@@ -202,7 +202,7 @@ class Registrar:
         Raises:
             StoppedError: If `stop` was called while a write was retried.
         """
-        self._is_late = self._monotonic() - self._waited > _FRESH_S
+        self._is_late = self.workers.has_left or self._monotonic() - self._waited > _FRESH_S
         items = self._queue.take(min(self._batch, self.workers.room), timeout)
         self._waited = self._monotonic()
         self.workers.submit(self._adopted(items))

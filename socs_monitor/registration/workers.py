@@ -199,6 +199,9 @@ class Workers:
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         small: Bytes up to which the quick worker hashes files.
         slice_size: Bytes of a larger file that are read at a time.
+
+    Attributes:
+        has_left (bool): Whether the latest `take` left results.
     """
 
     def __init__(
@@ -219,6 +222,7 @@ class Workers:
         self._monotonic = monotonic
         self._small = small
         self._slice_size = slice_size
+        self.has_left = False
         self._closed = False
         self._lock = threading.Lock()
         self._results: deque[Result] = deque()
@@ -266,8 +270,19 @@ class Workers:
             self._batches.put(_Batch(tasks, deliver or self._results.extend))
 
     def take(self) -> list[Result]:
-        """Return the results since the last call."""
-        return [self._results.popleft() for _ in range(len(self._results))]
+        """Return results since the last call, of some `MAX_TASKS` registrations; `has_left` tells if there are more."""
+        taken: list[Result] = []
+        size = 0
+        for _ in range(len(self._results)):
+            if size >= MAX_TASKS:
+                self.has_left = True
+                self._wake()
+                return taken
+            result = self._results.popleft()
+            size += len(result.ids) if isinstance(result, (HashedLarge, FailedLarge)) else 1
+            taken.append(result)
+        self.has_left = False
+        return taken
 
     def add(self, results: Sequence[Result]) -> None:
         """Have results taken beside those of the workers."""
@@ -472,8 +487,8 @@ class Workers:
         """Deliver what came of a large file to all who wanted it; with the lock, as nobody may join them any more."""
         for deliver in shared.deliver:
             deliver(result)
-        if shared.ids:
-            self._results.append(result)
+        for start in range(0, len(shared.ids), MAX_TASKS):
+            self._results.append(result._replace(ids=shared.ids[start : start + MAX_TASKS]))
         del self._shared[shared.reading.path]
 
 

@@ -20,6 +20,7 @@ from socs_monitor.registration.parking import MAX_FOLDERS, Parking
 from socs_monitor.registration.workers import (
     HANG_S,
     HANGS,
+    MAX_TASKS,
     STALL_S,
     Failed,
     FailedLarge,
@@ -336,6 +337,29 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     else:
         assert result.missing
         assert "No such file" in result.reason
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_so_many_registrations_at_most_are_taken_at_a_time(bench: Bench, hang: Hang, succeeds: bool) -> None:
+    bench.write("large", LARGE)
+    for number in range(2):
+        bench.write(f"blocker{number}", LARGE)
+        hang.add(bench.path(f"blocker{number}"))
+        bench.submit(Hash(bench.path(f"blocker{number}"), lambda _: None))
+    bench.submit(*(bench.registration("large", number) for number in range(2 * MAX_TASKS + 1)))
+    wait_until(lambda: not bench.workers._tasks, 20, "all are looked up")
+    if not succeeds:
+        os.unlink(bench.path("large"))
+    hang.release_all()
+    wait_until(lambda: not bench.workers._shared, 20, "all are hashed")
+    ids: list[int] = []
+    for left in (True, True, False):
+        (result,) = bench.workers.take()
+        assert isinstance(result, HashedLarge if succeeds else FailedLarge)
+        ids += result.ids
+        assert bench.workers.has_left == left
+    assert ids == list(range(2 * MAX_TASKS + 1))
+    assert not bench.workers.busy
 
 
 def test_a_large_file_that_becomes_something_else_is_refused(bench: Bench, hang: Hang) -> None:
