@@ -58,7 +58,7 @@ def test_of_a_long_value_the_middle_is_left_out() -> None:
 
 def test_every_event_is_defined_and_used() -> None:
     package = Path(__file__).parent.parent.parent / "socs_monitor"
-    source = "".join(path.read_text() for path in package.glob("*.py") if path.name != "events.py")
+    source = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "events.py")
     used: set[Any] = {name for name in EVENTS if f'"{name}"' in source}
 
     assert used == set(EVENTS)
