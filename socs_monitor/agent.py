@@ -271,8 +271,8 @@ class PysmurfMonitor(DatagramProtocol):
             what it means, what to do. The conditions are ``database``, ``spool``, ``intake``, ``spool entries``,
             ``spool sync``, ``spool size`` (nearly full), ``oldest`` (a file waits for its row for more than a
             minute), ``given up`` (a file was missing for too long; for an hour), ``gaps`` and ``kernel drops``
-            (messages were lost; for five minutes), ``disk_hangs`` (files on it wait), ``socket`` and ``unforeseen``.
-            Each ends by itself.
+            (messages were lost; for five minutes), ``disk_hangs`` (files on it wait), ``socket`` and
+            ``unforeseen``. Each ends by itself.
 
             ``malformed`` are datagrams that were no message, ``refused`` registrations that could not even be
             kept, ``unpublished`` messages that reached no feed, each by reason. ``lost`` are messages that never

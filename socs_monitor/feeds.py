@@ -108,7 +108,7 @@ class Feeds:
 
     def _joined(self) -> None:
         self._flow.resumeProducing()
-        self._agent.transport.registerProducer(self._flow, True)
+        self._agent.transport.transport.registerProducer(self._flow, True)  # of a websocket or a raw socket
         self._publish_backlog()
 
     def has_room(self, size: int) -> bool:

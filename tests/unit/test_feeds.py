@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.realm_joined = True
-        self.transport = StringTransport()
+        self.transport = SimpleNamespace(transport=StringTransport())  # autobahn's, with Twisted's
         self.registered: list[tuple[str, dict[str, Any]]] = []
         self.session_messages: list[Any] = []
         self.recorded: dict[str, RecordedFeed] = {}
@@ -83,13 +84,13 @@ class Agent:
 
     def leave(self) -> None:
         """Lose the connection, of which Twisted notifies the producer first."""
-        if self.transport.producer is not None:
-            self.transport.producer.stopProducing()
+        if self.transport.transport.producer is not None:
+            self.transport.transport.producer.stopProducing()
         self.realm_joined = False
 
     def join(self) -> None:
         self.realm_joined = True
-        self.transport = StringTransport()
+        self.transport = SimpleNamespace(transport=StringTransport())  # autobahn's, with Twisted's
         for handler in self._ready:
             handler(self)
 
@@ -120,7 +121,7 @@ class Bench:
 
     def pause(self) -> None:
         """Let the transport's buffer be full, as while the router reads nothing."""
-        self.agent.transport.producer.pauseProducing()
+        self.agent.transport.transport.producer.pauseProducing()
 
     def metadata(self, value: object, stream_id: str = "s1", path: str = "AMCc.x", time: float = 5.0) -> None:
         self.feeds.metadata(Metadata({}, stream_id, path, value, time))
@@ -435,7 +436,7 @@ def test_there_is_room_again_when_the_router_reads(bench: Bench) -> None:
         bench.pause()
         assert bench.feeds.has_room(IN_FLIGHT_MAX)
         assert not bench.feeds.has_room(1)
-        bench.agent.transport.producer.resumeProducing()
+        bench.agent.transport.transport.producer.resumeProducing()
         assert bench.feeds.has_room(2 * IN_FLIGHT_MAX)
 
 
