@@ -460,7 +460,7 @@ def test_each_connection_to_the_router_is_watched(bench: Bench) -> None:
     bench.pause()
     assert bench.feeds.has_room(IN_FLIGHT_MAX)
     bench.agent.join()  # without a word of the former connection's end
-    assert bench.agent.transport.streaming, "a push producer: called when the buffer is full"
+    assert bench.agent.transport.transport.streaming, "a push producer: called when the buffer is full"
     assert bench.feeds.has_room(2 * IN_FLIGHT_MAX)
     bench.pause()
 
