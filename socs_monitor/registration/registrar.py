@@ -342,6 +342,9 @@ class Registrar:
                 self._unavailable(error)
                 hashed = self._verified(hashed)
                 continue
+            if not outcomes:  # the write lock was waited for, and files may have changed meanwhile
+                hashed = self._verified(hashed)
+                continue
             self._stats.writes.wrote(time.perf_counter() - begin)
             self._succeeded("database", "the database can be written again")
             crashpoint.reach("committed")

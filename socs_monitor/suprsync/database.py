@@ -194,8 +194,9 @@ class Database:
         The caller makes sure, immediately before the call, that each file is still what was hashed.
 
         Returns:
-            The outcomes of the first files, in order. There is at least one, and fewer than there are files where all
-            of them would hold the write lock for too long: call again with the rest.
+            The outcomes of the first files, in order. There are fewer than there are files where all of them would
+            hold the write lock for too long: call again with the rest. There is none where another process had the
+            write lock: meanwhile files may have changed, so check them and call again.
 
         Raises:
             DatabaseUnavailableError: If the database cannot be written now. Nothing took effect.
@@ -209,7 +210,9 @@ class Database:
     def _register(self, files: Sequence[HashedFile], together: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
         work = 0
-        with self._transaction() as db:
+        with self._transaction() as (db, waited):
+            if waited:
+                return []
             # a row must not get a time that SupRsync has reported final: taken under the write lock, next to the commit
             now = self._clock()
             while work < _MAX_WORK and len(outcomes) < len(files):
@@ -233,7 +236,7 @@ class Database:
         rows = self.rows(entry.local_path for entry in entries)
         ids = [row.id for entry in entries for row in rows.get(entry.local_path, ()) if row.is_of(entry)]
         if ids:
-            with self._transaction() as db:
+            with self._transaction() as (db, _):
                 db.executemany(_WITHDRAW, [(id_,) for id_ in ids])
 
     def stuck(self, after: int, limit: int) -> list[Row]:
@@ -257,7 +260,7 @@ class Database:
             DatabaseUnavailableError: If the database cannot be written now. Nothing took effect.
         """
         corrected: list[Row] = []
-        with self._transaction() as db:
+        with self._transaction() as (db, _):
             rows = [correction.row for correction in corrections]
             present = {row.id: row for row in _rows_where(db, _BY_ID, [row.id for row in rows])}
             holders = _holders(_rows_where(db, _BY_REMOTE_PATH, list(dict.fromkeys(row.remote_path for row in rows))))
@@ -293,12 +296,13 @@ class Database:
             return _by_path(_rows_where(self._connection(), _BY_LOCAL_PATH, list(dict.fromkeys(paths))))
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[tuple[sqlite3.Connection, bool]]:
+        """Provide the connection with the write lock, and whether that had to be waited for."""
         with self._translated():
             db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
+            waited = self._begin(db)
             try:
-                yield db
+                yield db, waited
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
@@ -306,6 +310,20 @@ class Database:
                 raise
             if _identity(self.path) != self.identity:
                 raise DatabaseUnavailableError(f"the database {self.path} was replaced while it was written")
+
+    def _begin(self, db: sqlite3.Connection) -> bool:
+        """Begin a transaction with the write lock; return whether another process had it."""
+        db.execute("PRAGMA busy_timeout = 0")
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            return False
+        except sqlite3.OperationalError as error:
+            if _code(error) != sqlite3.SQLITE_BUSY:
+                raise
+        finally:
+            db.execute(f"PRAGMA busy_timeout = {round(self._busy_timeout * 1000)}")
+        db.execute("BEGIN IMMEDIATE")
+        return True
 
     def _connection(self) -> sqlite3.Connection:
         identity = _identity(self.path)
