@@ -326,6 +326,8 @@ class Registrar:
         self._unwritten.appendleft(batch)
         begin = time.perf_counter()
         outcomes = self._database.register([hashed.file for hashed in batch])
+        if not outcomes:  # it waited for the write lock, so the files are looked at again
+            return
         self._stats.writes.wrote(time.perf_counter() - begin)
         crashpoint.reach("committed")
         self._unwritten.popleft()

@@ -21,7 +21,7 @@ db_path, archive, base, work, delete_after = sys.argv[1:]
 manager = SupRsyncFilesManager(db_path, create_all=False)
 handler = SupRsyncFileHandler(manager, archive, base)
 before = manager.get_archive_stats(archive)
-copied = handler.copy_files(max_copy_attempts=3)
+copied = handler.copy_files(max_copy_attempts=5)
 manager.create_all_timecode_dirs(archive)
 manager.update_all_timecode_dirs(archive, work, "suprsync-test")
 handler.delete_files(float(delete_after))
@@ -55,6 +55,70 @@ def suprsync(db_path: Path, archive: str, base: Path, *, delete_after: float = 1
     assert done.returncode == 0, done.stderr
     copied, before, after = json.loads(done.stdout.splitlines()[-1])
     return Round([(path, verified) for path, verified in copied], before, after)
+
+
+# One session of the handler, which waits for a line on standard input before its commit.
+_SESSION = """
+import os, sys
+from socs.db.suprsync import SupRsyncFileHandler, SupRsyncFilesManager
+from sqlalchemy import event
+control = os.fdopen(os.dup(0))
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # md5sum without a file reads it
+kind, db_path, archive, base = sys.argv[1:]
+manager = SupRsyncFilesManager(db_path, create_all=False)
+handler = SupRsyncFileHandler(manager, archive, base)
+
+def wait(session):
+    print("waits", flush=True)
+    control.readline()
+
+event.listen(manager.Session, "before_commit", wait)
+if kind == "copy":
+    handler.copy_files(max_copy_attempts=5)
+else:
+    handler.delete_files(-1.0)
+"""
+
+
+@contextmanager
+def session(kind: str, db_path: Path, archive: str, base: Path) -> Iterator[None]:
+    """A session of the published SupRsync that has done its work, and commits it at the end of the context.
+
+    Args:
+        kind: ``copy``, or ``delete`` for all that is verified, whatever its age.
+        db_path: The database.
+        archive: ``smurf`` or ``timestreams``.
+        base: Folder that the files are copied below.
+    """
+    require("rsync")
+    base.mkdir(exist_ok=True)
+    arguments = [str(require(PEER_BIN / "python")), "-c", _SESSION, kind, str(db_path), archive, str(base)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            while (line := process.stdout.readline()) != "waits\n":
+                assert line, f"it ended with {process.wait(10)}"
+            yield
+            process.communicate("go\n", timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+
+
+# As the published monitor adds a file.
+_ADD = """
+import sys
+from socs.db.suprsync import SupRsyncFilesManager
+db_path, archive, local_path, remote_path = sys.argv[1:]
+SupRsyncFilesManager(db_path).add_file(local_path, remote_path, archive)
+"""
+
+
+def add_file(db_path: Path, archive: str, local_path: Path, remote_path: str) -> None:
+    """Add a row for a file, as the published agent does."""
+    arguments = [str(require(PEER_BIN / "python")), "-c", _ADD, str(db_path), archive, str(local_path), remote_path]
+    subprocess.run(arguments, check=True, timeout=60)
 
 
 @contextmanager

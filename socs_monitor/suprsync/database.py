@@ -184,8 +184,9 @@ class Database:
         The caller makes sure, immediately before the call, that each file is still what was hashed.
 
         Returns:
-            The outcomes of the first files, in order. There is at least one, and fewer than there are files where all
-            of them would hold the write lock for too long: call again with the rest.
+            The outcomes of the first files, in order. There are fewer than there are files where all of them would
+            hold the write lock for too long: call again with the rest. There is none where another process had the
+            write lock: meanwhile files may have changed, so check them and call again.
 
         Raises:
             DatabaseUnavailableError: If the database cannot be written now. Nothing took effect.
@@ -199,7 +200,9 @@ class Database:
     def _register(self, files: Sequence[HashedFile], together: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
         work = 0
-        with self._transaction() as db:
+        with self._transaction() as (db, waited):
+            if waited:
+                return []
             # a row must not get a time that SupRsync has reported final: taken under the write lock, next to the commit
             now = self._clock()
             while work < _MAX_WORK and len(outcomes) < len(files):
@@ -231,7 +234,7 @@ class Database:
             DatabaseUnavailableError: If the database cannot be written now. Nothing took effect.
         """
         corrected: list[Row] = []
-        with self._transaction() as db:
+        with self._transaction() as (db, _):
             rows = [correction.row for correction in corrections]
             present = {row.id: row for row in _rows_where(db, _BY_ID, [row.id for row in rows])}
             holders = _holders(_rows_where(db, _BY_REMOTE_PATH, list(dict.fromkeys(row.remote_path for row in rows))))
@@ -267,12 +270,13 @@ class Database:
             return _by_path(_rows_where(self._connection(), _BY_LOCAL_PATH, list(dict.fromkeys(paths))))
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[tuple[sqlite3.Connection, bool]]:
+        """Provide the connection with the write lock, and whether that had to be waited for."""
         with self._translated():
             db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
+            waited = _begin(db)
             try:
-                yield db
+                yield db, waited
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
@@ -433,6 +437,23 @@ def _write_or_refuse(db: sqlite3.Connection, files: Sequence[HashedFile], now: f
         written, known = [Outcome(False, f"the database refused it: {error}")] * len(files), 0
     db.execute("RELEASE one")
     return written, known
+
+
+def _begin(db: sqlite3.Connection) -> bool:
+    """Begin a transaction with the write lock; return whether another process had it."""
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        db.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if _code(error) != sqlite3.SQLITE_BUSY:
+            raise
+        waited = True
+    else:
+        waited = False
+    db.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
+    if waited:
+        db.execute("BEGIN IMMEDIATE")
+    return waited
 
 
 def _code(error: BaseException | None) -> int:

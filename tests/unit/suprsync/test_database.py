@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, O
 from socs_monitor.suprsync.tables import INDEXES
 from socs_monitor.suprsync.upsert import Correction, HashedFile, Row
 from tests.chain import execute, write_lock
-from tests.harness import rows
+from tests.harness import rows, wait_until
 
 OLD, NEW = "0" * 32, "1" * 32
 NAMES = [str(index.name) for index in INDEXES]
@@ -357,6 +359,26 @@ def test_a_locked_database_is_unavailable_for_now(open_database: Open, db_path: 
 
     database.register([file(NEW)])
     assert sums(db_path) == [("a", NEW)]
+
+
+def test_a_lock_that_was_waited_for_lets_the_caller_look_at_the_files_again(
+    open_database: Open, db_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_S", 30.0)
+    database = open_database()
+    database.register([])
+    begun: list[str] = []
+    assert database._db is not None
+    database._db.set_trace_callback(begun.append)
+    with contextlib.ExitStack() as lock, ThreadPoolExecutor(1) as pool:
+        lock.enter_context(write_lock(db_path))
+        registering = pool.submit(database.register, [file()])
+        wait_until(lambda: begun.count("BEGIN IMMEDIATE") == 2, 10, "it waits")
+        lock.close()
+        assert registering.result(30) == []
+    assert rows(db_path) == []
+
+    assert database.register([file()]) == [INSERTED]
 
 
 def test_what_is_no_database_is_left_as_it_is(open_database: Open, db_path: str) -> None:
