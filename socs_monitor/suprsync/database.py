@@ -479,23 +479,6 @@ def _write_or_refuse(db: sqlite3.Connection, files: Sequence[HashedFile], now: f
     return written, known
 
 
-def _begin(db: sqlite3.Connection) -> bool:
-    """Begin a transaction with the write lock; return whether another process had it."""
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
-        db.execute("BEGIN IMMEDIATE")
-    except sqlite3.OperationalError as error:
-        if _code(error) != sqlite3.SQLITE_BUSY:
-            raise
-        waited = True
-    else:
-        waited = False
-    db.execute(f"PRAGMA busy_timeout = {round(_BUSY_TIMEOUT_S * 1000)}")
-    if waited:
-        db.execute("BEGIN IMMEDIATE")
-    return waited
-
-
 def _code(error: BaseException | None) -> int:
     """SQLite's primary result code."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
