@@ -99,7 +99,7 @@ _MORE_CHANGES: Mapping[Event, str] = {
 
 
 def _statement(origin: State, event: Event, target: State) -> str:
-    where = f"WHERE state = '{origin}' AND id IN (SELECT value FROM json_each(:ids))"
+    where = f"WHERE state = '{origin}' AND {_IDS.replace('?', ':ids')}"
     if target not in STORED:
         return f"DELETE FROM registrations {where}"
     changes = _CHANGES[target] + _MORE_CHANGES.get(event, "")
@@ -262,9 +262,6 @@ class Spool:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
             states = dict(self._db.execute(_BY_STATE))
-            if states.keys() - set(STORED):  # only then, since another program may hold the lock
-                self._db.execute(_KNOWN_STATES)
-                states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
             self._lock_file.close()
