@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Version 1, as released: what is in such a file is never to be lost.
-_VERSION_1 = """
+VERSION_1 = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE registrations (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -30,7 +30,7 @@ PRAGMA user_version = 1;
 def make_version_1(spool: Path) -> None:
     """Begin a spool as version 1 did."""
     with contextlib.closing(sqlite3.connect(spool)) as connection:
-        connection.executescript(_VERSION_1)
+        connection.executescript(VERSION_1)
 
 
 def insert(spool: Path, messages: Iterable[str | bytes], **columns: Any) -> None:

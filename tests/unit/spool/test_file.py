@@ -17,27 +17,12 @@ from socs_monitor.spool import file
 from socs_monitor.spool.file import SpoolBusyError, SpoolError
 from socs_monitor.spool.states import State
 from socs_monitor.spool.store import Spool
+from tests.attack.spoolfile import VERSION_1
 from tests.attack.test_full_disk import Disk, mounted
 from tests.chain import execute
 from tests.harness import unavailable
 from tests.unit.spool.conftest import OpenSpool, content, counts, incoming, move
 
-# As the first version made it.
-VERSION_1 = """
-CREATE TABLE registrations (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    state TEXT NOT NULL DEFAULT 'pending',
-    received REAL NOT NULL,
-    sender TEXT NOT NULL,
-    message TEXT NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    due REAL,
-    reason TEXT,
-    refused INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE INDEX dead ON registrations (refused DESC, id) WHERE state = 'dead';
-PRAGMA user_version = 1;
-"""
 STATES_1 = ("pending", "waiting", "settling", "dead")
 
 
