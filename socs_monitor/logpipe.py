@@ -22,7 +22,7 @@ class LogPipe:
     """A file object for lines of a log, written to `descriptor` by a daemon thread. Safe to use from any thread.
 
     Args:
-        descriptor: File descriptor, e.g. that of the standard output.
+        descriptor: File descriptor, e.g. of the standard output.
 
     Attributes:
         mode (str): That of a text file, which txaio asks for.

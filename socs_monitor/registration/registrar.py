@@ -182,7 +182,7 @@ class Registrar:
             stopped: Asked now and then whether to give up.
 
         Returns:
-            What came of it; None if the workers ended before, or `stopped` returned True.
+            The result; None if the workers ended before, or `stopped` returned True.
         """
         answer: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
         workers = self._hashing
@@ -301,7 +301,7 @@ class Registrar:
         return transitions
 
     def _expand(self, result: HashedLarge | FailedLarge, hashed: list[Hashed], failed: list[Failed]) -> None:
-        """Turn what came of a large file into what came of its registrations, which only the spool has by now."""
+        """Turn the result of a large file into results of its registrations, which only the spool has by now."""
         for start in range(0, len(result.ids), self._batch):
             some = result.ids[start : start + self._batch]
             rows = self._persist(lambda some=some: self._spool.load(some))  # type: ignore[misc]
@@ -360,7 +360,7 @@ class Registrar:
                 registration = one.registration
                 if refusal is not None:
                     refused.append(Failed(registration, brief(refusal), refused=True))
-                    if one.file.entry.local_path in self._latest:  # the new content is not that of the earlier key
+                    if one.file.entry.local_path in self._latest:  # the new content does not belong to the earlier key
                         self._latest[one.file.entry.local_path] = registration.id
                     continue
                 registered.append(one)
@@ -430,7 +430,7 @@ class Registrar:
         return math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
 
     def _judge(self, failed: Sequence[Failed]) -> list[Transition]:
-        """Let what failed wait or die; what a row tells of already is done."""
+        """Let what failed wait or die; what has a row already is settled."""
         transitions: list[Transition] = []
         given_up: list[Failed] = []
         now = self._monotonic()

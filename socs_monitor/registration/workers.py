@@ -189,7 +189,7 @@ class _Worker:
 
 
 class Workers:
-    """The threads, and what came of their work. All but the threads is for one thread.
+    """The threads and their results. All but the threads is for one thread.
 
     Args:
         policy: How files are treated.
@@ -484,7 +484,7 @@ class Workers:
         return found and HashedLarge(ids, path, found.md5, found.fingerprint)
 
     def _give(self, shared: _Shared, result: HashedLarge | FailedLarge) -> None:
-        """Deliver what came of a large file to all who wanted it; with the lock, as nobody may join them any more."""
+        """Deliver the result of a large file to all who wanted it; with the lock, as nobody may join them any more."""
         for deliver in shared.deliver:
             deliver(result)
         for start in range(0, len(shared.ids), MAX_TASKS):

@@ -13,7 +13,7 @@ table. Layout, version 2 (``PRAGMA user_version``)::
     attempts  number of failed attempts to read its file
     rounds    0 until its row is committed, then 1, and one more each time that its file changed since
     due       when it is taken up again, in seconds of CLOCK_MONOTONIC; null while the queue or a worker holds it, or it
-              is dead. A start assigns it anew, since that clock begins again with each boot
+              is dead. A start assigns it again, since that clock begins again with each boot
     reason    why it waits or is dead
     refused   1 if the message itself can never become a row, 0 if its file failed
 
