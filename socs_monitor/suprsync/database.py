@@ -462,7 +462,13 @@ def _write(db: sqlite3.Connection, files: Sequence[HashedFile], now: float) -> t
             # 0 is what SupRsync writes for a file that is gone; a time would say that it removed the file then
             db.executemany(_RETIRE, [(0.0, False, True, id_) for id_ in plan.retired])
     db.executemany(_INSERT, new)
-    return [outcomes[file.entry.local_path] for file in files], len(known) and sum(map(len, known.values()))
+    written: list[Outcome] = []
+    for file in files:
+        outcome = outcomes[file.entry.local_path]
+        written.append(outcome)
+        if outcome is _CHANGED:
+            outcomes[file.entry.local_path] = _KEPT  # for files equal to this one
+    return written, len(known) and sum(map(len, known.values()))
 
 
 def _write_or_refuse(db: sqlite3.Connection, files: Sequence[HashedFile], now: float) -> tuple[list[Outcome], int]:

@@ -208,9 +208,9 @@ def test_a_path_as_the_published_agent_spells_it_is_the_same_path(open_database:
 
 def test_paths_that_come_twice_in_a_batch_end_as_the_last_one_says(open_database: Open, db_path: str) -> None:
     other = file(OLD, path="/data/y")
-    batch = [file(OLD), file(OLD, action="b"), other, file(NEW), file(NEW, action="c"), file(NEW), file(NEW)]
+    batch = [file(OLD)] * 2 + [file(OLD, action="b"), other, file(NEW), file(NEW, action="c"), file(NEW), file(NEW)]
 
-    assert register(open_database(), batch) == [INSERTED, INSERTED, INSERTED, RESET, INSERTED, KEPT, KEPT]
+    assert register(open_database(), batch) == [INSERTED, KEPT, INSERTED, INSERTED, RESET, INSERTED, KEPT, KEPT]
     last = [
         (row["local_path"], row["remote_path"].split("/")[2], row["local_md5sum"], row["deletable"])
         for row in rows(db_path)
