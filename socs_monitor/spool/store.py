@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from socs_monitor import messages
+from socs_monitor.archive import collapse
 from socs_monitor.spool import file
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
@@ -347,15 +348,15 @@ class Spool:
             self.next_due = -math.inf
 
     def _superseded(self, db: sqlite3.Connection) -> list[int]:
-        """Return the registered ones of whose path a later registration is in the spool, too."""
+        """Return the registered ones whose path was announced again by a registration that is in the spool, too."""
         path = "json_extract(message, '$.payload.path')"
         latest: dict[str, int] = {}
         registered: dict[int, str] = {}
         for id_, state, announced in db.execute(
-            f"SELECT id, state, {path} FROM registrations WHERE state <> 'dead' AND json_valid(message)"
+            f"SELECT id, state, {path} FROM registrations WHERE json_valid(message)"
             " AND id >= (SELECT min(id) FROM registrations WHERE state = 'registered') ORDER BY id"
         ):
-            name = str(announced).removesuffix(".npy")  # senders often leave it out
+            name = collapse(str(announced)).removesuffix(".npy")  # senders often leave it out
             if state == State.REGISTERED:
                 registered[id_] = name
             if state == State.REGISTERED or name in latest:

@@ -83,8 +83,10 @@ def test_a_change_that_was_announced_under_another_action_belongs_to_that_one_al
     assert chain.counts() == {"received": 2, "settled": 2}
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("folder", ["2", "/2/."], ids=["same spelling", "other spelling"])
 def test_a_change_that_was_announced_for_a_place_of_another_file_belongs_to_no_former_action(
-    chain: Chain, clock: Clock
+    chain: Chain, clock: Clock, restart: bool, folder: str
 ) -> None:
     chain.write("1/plot.png", b"another file")
     chain.accept("1/plot.png", action="taken")
@@ -93,9 +95,11 @@ def test_a_change_that_was_announced_for_a_place_of_another_file_belongs_to_no_f
     chain.step()
     chain.write("2/plot.png", b"new content")
     clock.advance(1)
-    chain.accept("2/plot.png", action="taken")
+    chain.accept("2/plot.png", action="taken", path=f"{chain.files}/{folder}/plot.png")
     for _ in range(4):
         chain.step()
+        if restart:
+            chain.reopen()
         clock.advance(SETTLE_S)
 
     assert chain.rows()[1]["local_md5sum"] == old
