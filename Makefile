@@ -16,10 +16,10 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) $(ROUTER) ## a real router, the real agent and an emulated SMuRF server, in a scratch folder
-	$(BIN)/python -m tests.demo
+	$(BIN)/python -m tests.testbed.demo
 
 run: $(READY) $(ROUTER) ## router and agent in the foreground on UDP 8200, database under ./var, until Ctrl-C
-	$(BIN)/python -m tests.foreground
+	$(BIN)/python -m tests.testbed.foreground
 
 envs: $(READY) $(ROUTER) $(PEER) $(READER) ## all environments that the tests need; make -j4 envs is faster
 
@@ -43,7 +43,7 @@ docs: $(WRITER) ## the documentation, into build/docs; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
 
 pictures: $(READY) $(ROUTER) ## draw the README's pictures of the terminal view anew, from a real run
-	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.testbed.pictures
 
 crash: $(READY) $(ROUTER) ## kill it at more moments than CI has time for
 	SOCS_MONITOR_CRASH_ROUNDS=5000 $(BIN)/python -m pytest --timeout=7200 tests/crash

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from bench import load, systems
 from bench.systems import FLOOR, OURS, PEER, System, agent
-from socs_monitor.emulator import Message, SmurfServer
-from tests.harness import Agent
+from tests.testbed.processes import Agent
+from tests.testbed.smurf_server import Message, SmurfServer
 
 LIMIT = "md5 limit"
 _STATUS_PAUSE_S = 0.05

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.systems import Reader, System
-from socs_monitor.emulator import Message, Publisher, SmurfServer, g3_file
+from socs_monitor.wire.publisher import Publisher, g3_file
+from tests.testbed.smurf_server import Message, SmurfServer
 
 SENDERS = 3
 SMALL = 4096

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.harness import OWN_BIN, PEER_BIN, Agent, Process, Router, free_udp_port, udp_port_is_open
+from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Process, Router, free_udp_port, udp_port_is_open
 
 FLOOR, OURS, PEER = "floor", "this agent", "published agent"
 

@@ -29,25 +29,25 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import DatagramProtocol
 from twisted.internet.task import LoopingCall
 
-from socs_monitor import messages, options, statsfeed, udp
-from socs_monitor.archive import create_remote_path
 from socs_monitor.completeness.caretaker import Caretaker
-from socs_monitor.feeds import Feeds
-from socs_monitor.logpipe import LogPipe
-from socs_monitor.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
-from socs_monitor.options import make_parser
+from socs_monitor.feeds.forwarding import Feeds
+from socs_monitor.feeds.statistics import INTERVAL_S, StatsFeed
+from socs_monitor.health.logpipe import LogPipe
+from socs_monitor.health.stats import Stats
 from socs_monitor.registration.registrar import Registrar
 from socs_monitor.registration.workers import start_thread
 from socs_monitor.report import Report
-from socs_monitor.sequences import Sequences
-from socs_monitor.siteconfig import parse_args
+from socs_monitor.settings import Network, Settings, make_parser, parse_args
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
-from socs_monitor.spool.store import MAX_BYTES, Incoming, Spool
-from socs_monitor.stats import Stats
-from socs_monitor.statsfeed import StatsFeed
+from socs_monitor.spool.store import Incoming, Spool
+from socs_monitor.suprsync.archive import create_remote_path
 from socs_monitor.suprsync.database import Database
 from socs_monitor.tasks import Tasks
+from socs_monitor.wire import messages
+from socs_monitor.wire.messages import DataFile, G3File, MessageError, Metadata, SessionMessage
+from socs_monitor.wire.receiver import Receiver
+from socs_monitor.wire.sequences import Sequences
 
 __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
 
@@ -95,25 +95,25 @@ class PysmurfMonitor(DatagramProtocol):
         self.agent = agent
         self.log = agent.log
         self.file_queue = FileQueue()
-        self.db_path: str = args.db_path
+        self._settings = settings = Settings.from_args(args)
+        self.db_path = settings.db_path
         self.running = False
-        self.echo_sql: bool = args.echo_sql
-        self._args = args
+        self.echo_sql = settings.echo_sql
         self._session: Any = None
         self._ended: Any = None  # the session of the run that ended last
         self._ending = threading.Lock()
-        self._receiver: udp.Receiver | None = None
+        self._receiver: Receiver | None = None
         self._stats = Stats(self._say)
         self._sequences = Sequences()
         self._feeds = Feeds(agent, self._stats)
-        self._is_allowed = _membership(getattr(args, "allow_sender", ()))
+        self._is_allowed = _membership(settings.allow_sender)
 
     # The spool is opened when it is first needed, so that a monitor made by hand touches no disk before.
 
     @functools.cached_property
     def _spool(self) -> Spool:
-        size = getattr(self._args, "spool_size", MAX_BYTES)
-        return Spool(options.spool_path(self._args), self._stats.reporter("warn", "spool"), size)
+        settings = self._settings
+        return Spool(settings.spool_path, self._stats.reporter("warn", "spool"), settings.spool_size)
 
     @functools.cached_property
     def _intake(self) -> Intake:
@@ -128,9 +128,9 @@ class PysmurfMonitor(DatagramProtocol):
 
     @functools.cached_property
     def _registrar(self) -> Registrar:
-        database = self._database(getattr(self._args, "create_table", True))
+        database = self._database(self._settings.create_table)
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
-        policy = options.policy(self._args)
+        policy = self._settings.policy
         return Registrar(self._intake, self.file_queue, self._spool, database, self._stats, policy, debug)
 
     @functools.cached_property
@@ -154,7 +154,7 @@ class PysmurfMonitor(DatagramProtocol):
         self._feeds.start(reactor)
         stats_feed = StatsFeed(self.agent, self._report.data, self._stats.streams.files)
         self._each(_SHOW_INTERVAL_S, self._look)
-        self._each(statsfeed.INTERVAL_S, stats_feed.publish)
+        self._each(INTERVAL_S, stats_feed.publish)
         reactor.addSystemEventTrigger("before", "shutdown", lambda: start_thread(self._watch_shutdown, "watchdog"))
         # OCS leaves the router in another trigger, so what is published here is on the wire before
         reactor.addSystemEventTrigger("before", "shutdown", self._feeds.flush)
@@ -165,23 +165,23 @@ class PysmurfMonitor(DatagramProtocol):
         reactor.addSystemEventTrigger("after", "shutdown", self._receiver.drain)
         reactor.addSystemEventTrigger("after", "shutdown", self._intake.close)
 
-    def _listen(self) -> udp.Receiver:
-        args = self._args
-        receiver = udp.Receiver(
-            args.udp_port,
+    def _listen(self) -> Receiver:
+        settings = self._settings
+        receiver = Receiver(
+            settings.udp_port,
             self,
-            args.udp_host,
+            settings.udp_host,
             reactor,
-            buffer=args.udp_buffer,
+            buffer=settings.udp_buffer,
             report=self._stats.repeated,
             after_read=self._intake.commit,
         )
         receiver.startListening()
-        if receiver.buffer < args.udp_buffer:
-            text = f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {args.udp_buffer}"
-            advice = f"On the host: sysctl -w net.core.rmem_max={args.udp_buffer}"
+        if receiver.buffer < settings.udp_buffer:
+            text = f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {settings.udp_buffer}"
+            advice = f"On the host: sysctl -w net.core.rmem_max={settings.udp_buffer}"
             self._stats.log("warn", "socket", f"{text}: a burst may be lost. {advice}", buffer=receiver.buffer)
-        if not args.data_root:
+        if not settings.policy.data_roots:
             self._stats.log(
                 "warn",
                 "configuration",
@@ -289,7 +289,7 @@ class PysmurfMonitor(DatagramProtocol):
             were dropped, because nobody read the agent's standard output. ``streams`` are the latest 50, with the
             files of this day (UTC), and ``problems`` the latest 20.
         """
-        once = bool((params or {}).get("test_mode")) or bool(getattr(self._args, "test_mode", False))
+        once = bool((params or {}).get("test_mode")) or self._settings.test_mode
         self._session = session
         self.running = True
         self._stats.forget("database", "spool entries", "unforeseen")  # it will be seen anew whether they hold
@@ -393,7 +393,7 @@ class PysmurfMonitor(DatagramProtocol):
         self.log.debug("{text}", text=text)
 
 
-def _membership(networks: Sequence[options.Network]) -> Callable[[str], bool]:
+def _membership(networks: Sequence[Network]) -> Callable[[str], bool]:
     """Return whether an address is in one of `networks`; any is where there are none."""
     if not networks:
         return lambda _: True

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from socs_monitor.logpipe import LogPipe
-from socs_monitor.sequences import Sequences
+from socs_monitor.health.logpipe import LogPipe
+from socs_monitor.health.stats import Stats
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
-from socs_monitor.stats import Stats
-from socs_monitor.udp import Receiver
+from socs_monitor.wire.receiver import Receiver
+from socs_monitor.wire.sequences import Sequences
 
 # Seconds for which messages that were lost degrade the agent.
 LOSS_S = 300.0

@@ -10,12 +10,12 @@ from typing import Any
 from ocs import ocs_agent
 from twisted.internet.defer import Deferred, succeed
 
-from socs_monitor.backfill import Scan, registration_of
+from socs_monitor.completeness.scan import Scan, registration_of
+from socs_monitor.health.stats import Stats
 from socs_monitor.registration.registrar import Registrar
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
-from socs_monitor.stats import Stats
 
 # Bytes that a backfill may have in memory on their way into the spool: they are written before the process ends.
 _UNWRITTEN_MAX = 1 << 20

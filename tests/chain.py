@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from socs_monitor import messages
-from socs_monitor.emulator import data_file
+from socs_monitor.health.stats import Stats
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
 from socs_monitor.registration.registrar import Registrar, StoppedError
@@ -26,10 +25,11 @@ from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH, QUEUE_MAX, FileQueue, Intake
 from socs_monitor.spool.states import STORED
 from socs_monitor.spool.store import RECEIVED, Incoming, Spool
-from socs_monitor.stats import Stats
 from socs_monitor.suprsync.database import Database
-from tests.harness import rows
+from socs_monitor.wire import messages
+from socs_monitor.wire.publisher import data_file
 from tests.inline import InlineWorkers
+from tests.testbed.processes import rows
 
 SETTLE_S = Policy().settle_after
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from ocs.ocs_client import OCSClient
 
-from tests.harness import ENVS, OWN_BIN, Agent, Process, free_tcp_port, require
+from tests.testbed.processes import ENVS, OWN_BIN, Agent, Process, free_tcp_port, require
 
 AGGREGATOR_BIN = ENVS / "aggregator" / "bin"
 

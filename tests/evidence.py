@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from socs_monitor.emulator import SmurfServer
-from tests.harness import Agent, rows
+from tests.testbed.processes import Agent, rows
+from tests.testbed.smurf_server import SmurfServer
 
 MIX = ("png", "txt", "g3")  # kinds of files whose path is sent as the row is to have it
 

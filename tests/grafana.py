@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.harness import ROOT
+from tests.testbed.processes import ROOT
 
 FOLDER = ROOT / "docker" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboards" / "pysmurf-monitor.json").read_text())

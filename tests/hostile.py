@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from socs_monitor.emulator import REGISTERS, Publisher, data_file, g3_file, metadata
-from tests.harness import OWN_BIN, Process, wait_until
+from socs_monitor.wire.publisher import Publisher, data_file, g3_file, metadata
+from tests.testbed.processes import OWN_BIN, Process, wait_until
+from tests.testbed.smurf_server import REGISTERS
 
 EMPTY, NOT_JSON, WRONG = "empty", "not JSON", "wrong or missing field"
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.harness import unavailable
+from tests.testbed.processes import unavailable
 
 _DEVICE = "/dev/fuse"
 _MNT_DETACH = 2

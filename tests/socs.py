@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.harness import PEER_BIN, require
+from tests.testbed.processes import PEER_BIN, require
 
 # As the run process of the SupRsync agent: copy, verify, mark time codes, delete. Prints what came of it.
 _SUPRSYNC = """

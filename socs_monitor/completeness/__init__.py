@@ -1,1 +1,1 @@
-"""What the disk holds against what database and spool say."""
+"""The disk compared with the database and the spool."""

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from socs_monitor.health.stats import Stats
 from socs_monitor.registration.workers import FailedLarge, HashedLarge
-from socs_monitor.stats import Stats
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import Correction, needs_retry, plan_correction
 

@@ -1,1 +1,1 @@
-"""From an accepted registration to a row: look up, hash, register, re-check."""
+"""From an accepted registration to its row: look up, hash, register, re-check."""

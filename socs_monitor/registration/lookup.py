@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from socs_monitor import archive, messages
-from socs_monitor.archive import ArchiveError, Entry
 from socs_monitor.spool.store import Due, Registration
+from socs_monitor.suprsync import archive
+from socs_monitor.suprsync.archive import ArchiveError, Entry
+from socs_monitor.wire import messages
 
 # A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
 RETRY_FIRST_S = 0.1

@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from socs_monitor import crashpoint, events
-from socs_monitor.archive import ArchiveError
-from socs_monitor.messages import brief
+from socs_monitor import crashpoint
+from socs_monitor.health import events
+from socs_monitor.health.stats import GIVEN_UP_S, Stats
 from socs_monitor.registration import lookup
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
@@ -43,9 +43,10 @@ from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import BATCH, SPOOL_ADVICE, FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Due, Registration, Spool, Transition
-from socs_monitor.stats import GIVEN_UP_S, Stats
+from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
+from socs_monitor.wire.messages import brief
 
 T = TypeVar("T")
 

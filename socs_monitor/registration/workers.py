@@ -23,9 +23,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from socs_monitor import archive
-from socs_monitor.archive import ArchiveError
-from socs_monitor.messages import brief
 from socs_monitor.registration.checksum import (
     SLICE,
     Access,
@@ -38,7 +35,10 @@ from socs_monitor.registration.checksum import (
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
 from socs_monitor.spool.store import Registration
+from socs_monitor.suprsync import archive
+from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.upsert import HashedFile
+from socs_monitor.wire.messages import brief
 
 # Files up to this size (bytes) are hashed by the quick worker, in turn.
 SMALL = 128 * 1024

@@ -21,10 +21,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from socs_monitor import crashpoint, messages
+from socs_monitor import crashpoint
+from socs_monitor.health.stats import Stats
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.store import Incoming, Registration, Spool, SpoolFullError
-from socs_monitor.stats import Stats
+from socs_monitor.wire import messages
 
 # Bytes of memory that registrations on the queue take at most, some 6,000 of them.
 QUEUE_MAX = 16 * 1024 * 1024

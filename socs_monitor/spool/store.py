@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from socs_monitor import messages
-from socs_monitor.archive import collapse
 from socs_monitor.spool import file
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
+from socs_monitor.suprsync.archive import collapse
+from socs_monitor.wire import messages
 
 # Counted beside the states: every registration that ever was in the spool since the start.
 RECEIVED = "received"

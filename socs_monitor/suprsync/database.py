@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from socs_monitor import crashpoint
-from socs_monitor.archive import Entry, collapse
+from socs_monitor.suprsync.archive import Entry, collapse
 from socs_monitor.suprsync.tables import FILES, INDEXES, STUCK, Base
 from socs_monitor.suprsync.upsert import INSERT, Action, Correction, HashedFile, Row, plan_upsert
 

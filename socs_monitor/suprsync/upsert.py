@@ -14,7 +14,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from socs_monitor.archive import Entry
+from socs_monitor.suprsync.archive import Entry
 
 # SupRsync's default of --max-copy-attempts. It does not copy a row again after as many failures.
 MAX_COPY_ATTEMPTS = 5

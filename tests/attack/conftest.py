@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Router
+from tests.testbed.processes import Router
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import write_file, write_lock
 from tests.evidence import MIX, md5_of
-from tests.harness import Agent, Router, require
+from tests.testbed.processes import Agent, Router, require
+from tests.testbed.smurf_server import SmurfServer
 
 SOURCE = Path(__file__).with_name("stepped_clock.c")
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher, metadata
+from socs_monitor.wire.publisher import Publisher, metadata
 from tests import hostile
-from tests.harness import Agent, Router
 from tests.integration.test_end_to_end import data
 from tests.integration.test_hostile import resident_mib
-from tests.subscriber import Subscriber
+from tests.testbed.processes import Agent, Router
+from tests.testbed.subscriber import Subscriber
 
 StartAgent = Callable[..., Agent]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.emulator import SmurfServer, data_file
+from socs_monitor.wire.publisher import data_file
 from tests import hostile
 from tests.attack.test_memory import numbered
 from tests.evidence import entries, path_of, send_files, wait_rows
-from tests.harness import Agent, Router, require, unavailable
+from tests.testbed.processes import Agent, Router, require, unavailable
+from tests.testbed.smurf_server import SmurfServer
 
 SIZE_MIB = 192
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.evidence import entries, latencies, path_of, send_files, wait_rows
-from tests.harness import Agent, Router
 from tests.hung import HungFolder, hung_folder
 from tests.integration.test_end_to_end import data
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 HANGS = "reading the file hangs"
 

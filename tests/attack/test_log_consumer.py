@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import write_file
 from tests.evidence import wait_registered
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
 
 # At level debug each of these files has a line of about 1 KB: more than pipe and agent hold.
 COUNT = 2000

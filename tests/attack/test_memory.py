@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.emulator import MAX_DATAGRAM, SmurfServer, data_file
+from socs_monitor.wire.publisher import MAX_DATAGRAM, data_file
 from tests import hostile
 from tests.attack import spoolfile
 from tests.chain import write_lock
 from tests.evidence import acknowledged, entries, send_files, spool_of, wait_rows
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 LIMIT_MIB = 300
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import data_file, g3_file
+from socs_monitor.wire.publisher import data_file, g3_file
 from tests import hostile
-from tests.harness import PEER_BIN, Agent
 from tests.integration.test_end_to_end import files
 from tests.socs import server_root
+from tests.testbed.processes import PEER_BIN, Agent
 
 StartAgent = Callable[..., Agent]
 

@@ -13,12 +13,13 @@ from typing import Any
 import ocs
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer, data_file
+from socs_monitor.wire.publisher import Publisher, data_file
 from tests.attack import spoolfile
 from tests.evidence import entries, path_of, send_files, spool_of, wait_rows
-from tests.harness import Agent, Router
 from tests.hung import hung_folder
 from tests.integration.test_cli import command, site
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 DAY_S = 86_400
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher
-from socs_monitor.messages import brief
+from socs_monitor.wire.messages import brief
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import execute
-from tests.harness import Agent, require, wait_until
 from tests.integration.test_end_to_end import files
 from tests.socs import server_root, suprsync
+from tests.testbed.processes import Agent, require, wait_until
 
 StartAgent = Callable[..., Agent]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.emulator import Publisher
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import execute, md5, write_file, write_lock
-from tests.harness import Agent, rows
 from tests.socs import Round, add_file, server_root, session, suprsync
+from tests.testbed.processes import Agent, rows
 
 StartAgent = Callable[..., Agent]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import hostile
-from tests.harness import Agent
 from tests.integration.test_end_to_end import data
+from tests.testbed.processes import Agent
 
 StartAgent = Callable[..., Agent]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.evidence import entries, latencies, wait_rows
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 MANY = 300
 

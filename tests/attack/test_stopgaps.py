@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.commands.status import State
-from socs_monitor.emulator import Publisher
+from socs_monitor.cli.health import State
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import execute
 from tests.evidence import spool_of, spooled
-from tests.harness import OWN_BIN, Agent
 from tests.integration.test_end_to_end import announce, wait_registered
+from tests.testbed.processes import OWN_BIN, Agent
 
 StartAgent = Callable[..., Agent]
 

@@ -13,10 +13,10 @@ import ocs
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.commands.backfill import _backfill_by_agent
-from tests.harness import Agent
+from socs_monitor.cli.backfill import _backfill_by_agent
 from tests.integration.test_cli import command, site, with_dead_letters
 from tests.integration.test_end_to_end import announce, files, wait_registered
+from tests.testbed.processes import Agent
 
 StartAgent = Callable[..., Agent]
 

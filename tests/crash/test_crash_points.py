@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.crashpoint import POINTS
-from socs_monitor.emulator import SmurfServer
 from tests.evidence import acknowledged, check_registered, send_files, spool_of, spooled, wait_registered
-from tests.harness import Agent, Router, free_udp_port
+from tests.testbed.processes import Agent, Router, free_udp_port
+from tests.testbed.smurf_server import SmurfServer
 
 # A start with registrations in the spool comes by these without a message.
 ON_REPLAY = ("hashed", "inserted", "committed", "settling")

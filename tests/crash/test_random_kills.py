@@ -17,7 +17,7 @@ import pytest
 
 from tests.crash.worker import AGAIN, NAMES
 from tests.evidence import check_registered
-from tests.harness import OWN_BIN, Process, rows, wait_until
+from tests.testbed.processes import OWN_BIN, Process, rows, wait_until
 
 ROUNDS = int(os.environ.get("SOCS_MONITOR_CRASH_ROUNDS", "200"))
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.workers import SMALL
 from tests.chain import Chain
-from tests.harness import wait_until
+from tests.testbed.processes import wait_until
 
 SETTLE_S = 0.3
 

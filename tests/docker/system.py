@@ -16,8 +16,8 @@ import pytest
 import yaml
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Message, SmurfServer
-from tests.harness import ROOT, free_tcp_port, free_udp_port, rows, wait_until
+from tests.testbed.processes import ROOT, free_tcp_port, free_udp_port, rows, wait_until
+from tests.testbed.smurf_server import Message, SmurfServer
 
 AGENT = "ocs-pysmurf-monitor"
 ROUTER = "ocs-crossbar"

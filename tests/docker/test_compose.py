@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.docker.system import AGENT, DEFAULTS, ROUTER, System
-from tests.harness import ROOT, rows, wait_until
+from tests.testbed.processes import ROOT, rows, wait_until
 
 # The first build installs everything that the images need.
 pytestmark = pytest.mark.timeout(900)

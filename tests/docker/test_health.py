@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tests.docker.system import AGENT, HEALTH, ROUTER, System
-from tests.harness import rows, wait_until
 from tests.silent import silent_router
+from tests.testbed.processes import rows, wait_until
 
 # The first build installs everything that the images need.
 pytestmark = pytest.mark.timeout(900)

@@ -17,12 +17,12 @@ import cbor2
 from hypothesis import strategies as st
 from ocs.ocs_feed import Feed
 
-from socs_monitor import messages
 from socs_monitor.agent import PysmurfMonitor
-from socs_monitor.messages import MessageError
+from socs_monitor.wire import messages
+from socs_monitor.wire.messages import MessageError
 from tests import hostile
-from tests.harness import rows
 from tests.strategies import json_values, nasty_text
+from tests.testbed.processes import rows
 
 ADDRESS = ("127.0.0.1", 40000)
 REASONS = {hostile.EMPTY, hostile.NOT_JSON, hostile.WRONG}

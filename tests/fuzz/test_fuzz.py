@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from socs_monitor import messages
-from socs_monitor.messages import MessageError
+from socs_monitor.wire import messages
+from socs_monitor.wire.messages import MessageError
 from tests import hostile
 from tests.fuzz.target import CORPUS, FOLDER, check_monitor, check_parse, datagrams, registrations
 

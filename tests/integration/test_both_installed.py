@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from socs_monitor import agent
-from tests.harness import PEER_BIN, ROOT, Agent, Router, require
+from tests.testbed.processes import PEER_BIN, ROOT, Agent, Router, require
 
 PLUGIN = """\
 [ocs.plugins]

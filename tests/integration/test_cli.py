@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import cli
-from socs_monitor.defaults import INSTANCE
-from socs_monitor.emulator import Publisher
+from socs_monitor import INSTANCE
+from socs_monitor.cli import main as cli
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import write_file
 from tests.evidence import acknowledged
-from tests.harness import OWN_BIN, Agent, wait_until
 from tests.integration.test_end_to_end import announce, data, files, wait_registered
+from tests.testbed.processes import OWN_BIN, Agent, wait_until
 
 StartAgent = Callable[..., Agent]
 

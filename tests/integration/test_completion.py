@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import cli
-from tests.harness import OWN_BIN, require
+from socs_monitor.cli import main as cli
 from tests.integration.test_cli import command, run
+from tests.testbed.processes import OWN_BIN, require
 
 # What bash does when Tab is pressed at the end of the words.
 _TAB = """

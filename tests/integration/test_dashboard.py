@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.downstream import InfluxDB
 from tests.grafana import PANEL_QUERIES, RULE_QUERIES, RULES, VARIABLE, Query
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 # The night that the fixture makes takes a minute: statistics come every 10 s.
 pytestmark = pytest.mark.timeout(240)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.harness import OWN_BIN, Agent
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, wait_registered
 from tests.integration.test_status import elsewhere, without_router
+from tests.testbed.processes import OWN_BIN, Agent
 
 StartAgent = Callable[..., Agent]
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import ocs
 import pytest
 
-from socs_monitor.emulator import REGISTERS, Publisher, metadata
+from socs_monitor.wire.publisher import Publisher, metadata
 from tests.downstream import InfluxDB, Reader, aggregator, read_g3
-from tests.harness import Agent, Router, wait_until
-from tests.subscriber import Subscriber
+from tests.testbed.processes import Agent, Router, wait_until
+from tests.testbed.smurf_server import REGISTERS
+from tests.testbed.subscriber import Subscriber
 
 StartAgent = Callable[..., Agent]
 

@@ -20,9 +20,10 @@ import ocs
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import MAX_DATAGRAM, Publisher, SmurfServer, data_file
 from socs_monitor.suprsync.database import Database
-from tests.harness import OWN_BIN, ROOT, Agent, Router, wait_until
+from socs_monitor.wire.publisher import MAX_DATAGRAM, Publisher, data_file
+from tests.testbed.processes import OWN_BIN, ROOT, Agent, Router, wait_until
+from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 

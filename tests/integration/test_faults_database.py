@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import SmurfServer
 from tests.evidence import check_registered, send_files, spool_of, spooled, wait_acknowledged, wait_registered
-from tests.harness import OWN_BIN, Agent, Process, Router, require
+from tests.testbed.processes import OWN_BIN, Agent, Process, Router, require
+from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 

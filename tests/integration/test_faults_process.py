@@ -14,9 +14,10 @@ from pathlib import Path
 import ocs
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.evidence import md5_of, send_files, spool_of, wait_acknowledged, wait_registered
-from tests.harness import Agent, Router
+from tests.testbed.processes import Agent, Router
+from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.evidence import send_files, wait_acknowledged, wait_registered
-from tests.harness import Agent, Router, wait_until
-from tests.subscriber import Subscriber
+from tests.testbed.processes import Agent, Router, wait_until
+from tests.testbed.smurf_server import SmurfServer
+from tests.testbed.subscriber import Subscriber
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from socs_monitor.emulator import Publisher, metadata
-from tests.harness import Agent, Router, wait_until
-from tests.subscriber import Subscriber
+from socs_monitor.wire.publisher import Publisher, metadata
+from tests.testbed.processes import Agent, Router, wait_until
+from tests.testbed.subscriber import Subscriber
 
 StartAgent = Callable[..., Agent]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.suprsync.database import Database
-from tests.harness import OWN_BIN, Agent
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, wait_registered
+from tests.testbed.processes import OWN_BIN, Agent
 
 StartAgent = Callable[..., Agent]
 

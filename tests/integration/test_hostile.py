@@ -18,12 +18,12 @@ import ocs
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher
 from socs_monitor.spool.intake import INBOX_MAX
+from socs_monitor.wire.publisher import Publisher
 from tests import hostile
-from tests.harness import Agent, Router
 from tests.integration.test_end_to_end import announce, data, files, wait_registered
-from tests.subscriber import Subscriber
+from tests.testbed.processes import Agent, Router
+from tests.testbed.subscriber import Subscriber
 
 StartAgent = Callable[..., Agent]
 

@@ -16,15 +16,16 @@ import ocs
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.emulator import Publisher, SmurfServer
-from socs_monitor.events import EVENTS
-from socs_monitor.sequences import GRACE_S
-from socs_monitor.statsfeed import FIELDS, INTERVAL_S
+from socs_monitor.feeds.statistics import FIELDS, INTERVAL_S
+from socs_monitor.health.events import EVENTS
+from socs_monitor.wire.publisher import Publisher
+from socs_monitor.wire.sequences import GRACE_S
 from tests import hostile
 from tests.chain import write_lock
 from tests.evidence import send_files, wait_registered
-from tests.harness import Agent, Router, free_udp_port
-from tests.subscriber import FeedMessage, Subscriber
+from tests.testbed.processes import Agent, Router, free_udp_port
+from tests.testbed.smurf_server import SmurfServer
+from tests.testbed.subscriber import FeedMessage, Subscriber
 
 StartAgent = Callable[..., Agent]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.emulator import Publisher, data_file, g3_file
-from tests.harness import PEER_BIN, Agent, rows
+from socs_monitor.wire.publisher import Publisher, data_file, g3_file
 from tests.socs import server_root
+from tests.testbed.processes import PEER_BIN, Agent, rows
 
 INDEXES = ["ix_supersync_v0_local_path", "ix_supersync_v0_remote_path", "ix_supersync_v0_stuck"]
 StartAgent = Callable[..., Agent]

@@ -10,7 +10,7 @@ import yaml
 from ocs import site_config
 
 from socs_monitor.agent import make_parser
-from tests.harness import REALM, ROOT, SITE_CONFIG, Router, write_site_config
+from tests.testbed.processes import REALM, ROOT, SITE_CONFIG, Router, write_site_config
 
 
 def parse(path: Path) -> Namespace:

@@ -17,24 +17,24 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor import cli, client
-from socs_monitor.commands import status
-from socs_monitor.commands.status import Report, State
-from socs_monitor.emulator import Publisher
+from socs_monitor.cli import client, status
+from socs_monitor.cli import main as cli
+from socs_monitor.cli.health import Health, State
 from socs_monitor.spool import file as spoolfile
-from tests.harness import OWN_BIN, PEER_BIN, Agent, Router, wait_until
+from socs_monitor.wire.publisher import Publisher
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, data, files, wait_registered
 from tests.silent import silent_router
+from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Router, wait_until
 
 StartAgent = Callable[..., Agent]
 
 ALL_WELL, UNKNOWN, DEGRADED, NOT_RUNNING = 0, 1, 3, 4
 
 
-def report(words: Sequence[str]) -> Report:
+def report(words: Sequence[str]) -> Health:
     """What the command finds, before it shows it."""
-    return status.report(cli.make_parser(["status"]).parse_args(["status", *words]))
+    return status.evaluate(cli.make_parser(["status"]).parse_args(["status", *words]))
 
 
 def ask(monitor: Agent, *words: str, code: int, **env: str) -> str:

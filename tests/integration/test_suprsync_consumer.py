@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.emulator import Publisher, SmurfServer
+from socs_monitor.wire.publisher import Publisher
 from tests.chain import execute, md5, write_file
-from tests.harness import Agent, rows
 from tests.socs import Round, server_root, suprsync
+from tests.testbed.processes import Agent, rows
+from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import yaml
 
-from socs_monitor.emulator import FILE_MIX, Message, SmurfServer
 from tests.evidence import acknowledged, check_rows, md5_of, spool_of, spooled
-from tests.harness import PEER_BIN, Agent, Process, Router, free_udp_port, require, rows, wait_until
 from tests.socs import server_root, suprsync
+from tests.testbed.processes import PEER_BIN, Agent, Process, Router, free_udp_port, require, rows, wait_until
+from tests.testbed.smurf_server import FILE_MIX, Message, SmurfServer
 
 STREAMS = 6
 METADATA_RATE = 200  # a second

@@ -19,11 +19,13 @@ from unittest.mock import MagicMock
 import pytest
 from twisted.internet.protocol import DatagramProtocol
 
+from socs_monitor import DB_PATH, UDP_PORT
 from socs_monitor import agent as agent_module
-from socs_monitor import archive, options
 from socs_monitor.agent import PysmurfMonitor, create_remote_path, make_parser
-from socs_monitor.emulator import Publisher, data_file, g3_file
-from tests.harness import rows, wait_until
+from socs_monitor.settings import Settings
+from socs_monitor.suprsync import archive
+from socs_monitor.wire.publisher import Publisher, data_file, g3_file
+from tests.testbed.processes import rows, wait_until
 
 ADDRESS = ("127.0.0.1", 40000)
 
@@ -250,15 +252,17 @@ def test_help_shows_the_documented_options_and_defaults() -> None:
     ).stdout
     for option in ("--udp-port", "--create-table", "--db-path", "--echo-sql", "--test-mode"):
         assert option in shown
-    for default in (options.UDP_PORT, options.DB_PATH):
+    for default in (UDP_PORT, DB_PATH):
         assert f"{default}" in shown
 
 
 def test_an_agent_of_another_instance_has_another_spool(tmp_path: Path) -> None:
-    paths = [options.spool_path(documented_args(tmp_path, **more)) for more in ({}, {"instance_id": "monitor-2"})]
+    paths = [
+        Settings.from_args(documented_args(tmp_path, **more)).spool_path for more in ({}, {"instance_id": "monitor-2"})
+    ]
 
     assert paths == [f"{tmp_path}/suprsync.db.pysmurf-monitor.spool", f"{tmp_path}/suprsync.db.monitor-2.spool"]
-    assert options.spool_path(documented_args(tmp_path, spool_path="/x/y")) == "/x/y"
+    assert Settings.from_args(documented_args(tmp_path, spool_path="/x/y")).spool_path == "/x/y"
 
 
 def test_the_operation_is_documented_as_ocs_shows_it() -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.activity import MAX_STREAMS
-from socs_monitor.feeds import BACKLOG_AGE_S
+from socs_monitor.feeds.forwarding import BACKLOG_AGE_S
+from socs_monitor.health.activity import MAX_STREAMS
+from socs_monitor.health.stats import DIGEST_S
 from socs_monitor.registration.registrar import StoppedError
 from socs_monitor.report import LOSS_S, OLDEST_S
-from socs_monitor.sequences import GRACE_S
-from socs_monitor.stats import DIGEST_S
+from socs_monitor.wire.sequences import GRACE_S
 from tests.chain import SETTLE_S, Chain, Clock, execute, write_lock
-from tests.unit.test_feeds import NO_ROUTER
-from tests.unit.test_feeds import Bench as FeedBench
+from tests.unit.feeds.test_forwarding import NO_ROUTER
+from tests.unit.feeds.test_forwarding import Bench as FeedBench
 from tests.unit.test_report import Bench
 
 DAY_S = 86_400.0

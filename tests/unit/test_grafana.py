@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.statsfeed import FIELDS
+from socs_monitor.feeds.statistics import FIELDS
 from tests.grafana import DASHBOARD, DATASOURCE, PANEL_QUERIES, PANELS, RULE_QUERIES, RULES, VARIABLE, Query
 
 # A register of the streamer, as it is on a stream's feed of metadata.

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from socs_monitor.health.stats import DIGEST_S, GIVEN_UP_S
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
-from socs_monitor.sequences import GRACE_S, Sequences
-from socs_monitor.stats import DIGEST_S, GIVEN_UP_S
+from socs_monitor.wire.sequences import GRACE_S, Sequences
 from tests import chain
 from tests.chain import Chain, Clock, write_lock
-from tests.harness import wait_until
-from tests.unit.test_logpipe import LINE, Pipe
-from tests.unit.test_udp import ASKED, overflow, twisted_lets_go_of_it
-from tests.unit.test_udp import Bench as Port
+from tests.testbed.processes import wait_until
+from tests.unit.health.test_logpipe import LINE, Pipe
+from tests.unit.wire.test_receiver import ASKED, overflow, twisted_lets_go_of_it
+from tests.unit.wire.test_receiver import Bench as Port
 
 SENDER = ("10.0.0.1", 40000)
 

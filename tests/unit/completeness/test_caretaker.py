@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.archive import Entry
 from socs_monitor.completeness import caretaker as caretaker_module
 from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile, StoppedError
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.workers import FailedLarge, HashedLarge
+from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
 from tests.chain import Chain, Clock, execute, md5, write_file, write_lock
-from tests.harness import rows, wait_until
+from tests.testbed.processes import rows, wait_until
 
 
 class Site:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chain import SETTLE_S, Chain, Clock, md5
-from tests.harness import wait_until
+from tests.testbed.processes import wait_until
 
 
 def test_a_file_that_grew_is_registered_again_ever_more_rarely_until_it_rests(chain: Chain, clock: Clock) -> None:

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socs_monitor import archive
-from socs_monitor.archive import ArchiveError
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import FileRefusedError
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.spool.states import STORED, State
+from socs_monitor.suprsync import archive
+from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.database import Database
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5
 from tests.strategies import json_values, nasty_text

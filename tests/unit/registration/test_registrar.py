@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.emulator import data_file
 from socs_monitor.registration.registrar import StoppedError
 from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH
+from socs_monitor.wire.publisher import data_file
 from tests.chain import SETTLE_S, Chain, Clock, md5, write_lock
-from tests.harness import wait_until
+from tests.testbed.processes import wait_until
 
 
 def test_a_file_is_registered_at_once_and_settles_later(chain: Chain, clock: Clock) -> None:

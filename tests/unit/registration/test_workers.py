@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.archive import candidates
-from socs_monitor.emulator import data_file
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access, present_fingerprint
 from socs_monitor.registration.lookup import Policy
@@ -35,9 +33,11 @@ from socs_monitor.registration.workers import (
     Workers,
 )
 from socs_monitor.spool.store import Registration
+from socs_monitor.suprsync.archive import candidates
 from socs_monitor.suprsync.upsert import HashedFile
+from socs_monitor.wire.publisher import data_file
 from tests.chain import Clock, md5, write_file
-from tests.harness import wait_until
+from tests.testbed.processes import wait_until
 
 SMALL = 10
 LARGE = b"more than the quick worker hashes"

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from socs_monitor import messages
 from socs_monitor.spool import file
 from socs_monitor.spool.file import SpoolBusyError, SpoolError
 from socs_monitor.spool.states import State
 from socs_monitor.spool.store import Spool
+from socs_monitor.wire import messages
 from tests.attack.spoolfile import VERSION_1
 from tests.attack.test_full_disk import Disk, mounted
 from tests.chain import execute
-from tests.harness import unavailable
+from tests.testbed.processes import unavailable
 from tests.unit.spool.conftest import OpenSpool, content, counts, incoming, move
 
 STATES_1 = ("pending", "waiting", "settling", "dead")

@@ -15,17 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socs_monitor import messages
-from socs_monitor.emulator import data_file, g3_file
-from socs_monitor.messages import DataFile
+from socs_monitor.health.stats import Stats
 from socs_monitor.registration import lookup
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Incoming, Registration, Spool, Transition
-from socs_monitor.stats import Stats
+from socs_monitor.wire import messages
+from socs_monitor.wire.messages import DataFile
+from socs_monitor.wire.publisher import data_file, g3_file
 from tests.chain import Clock, write_lock
-from tests.harness import wait_until
+from tests.testbed.processes import wait_until
 from tests.unit.spool.conftest import content
 
 # Room on a queue for three registrations of `meta_of`.

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socs_monitor.archive import Entry
 from socs_monitor.suprsync import database as database_module
+from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
 from socs_monitor.suprsync.tables import INDEXES
 from socs_monitor.suprsync.upsert import Correction, HashedFile, Row
 from tests.chain import execute, write_lock
-from tests.harness import rows, wait_until
+from tests.testbed.processes import rows, wait_until
 
 OLD, NEW = "0" * 32, "1" * 32
 NAMES = [str(index.name) for index in INDEXES]

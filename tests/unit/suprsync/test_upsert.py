@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from socs_monitor.archive import Entry
+from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.upsert import (
     Action,
     Correction,

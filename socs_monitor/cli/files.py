@@ -1,0 +1,117 @@
+"""``socs-monitor files``: the rows of the SupRsync database, read beside those who write them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import re
+import sqlite3
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from socs_monitor.cli import client
+from socs_monitor.cli.shared import NotDoneError, add_agent_arguments, console, plain, utc
+from socs_monitor.suprsync import readonly
+
+_LIMIT = 100
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+# What is in the archive, or is not to get there, needs no copy; as SupRsync chooses what it copies.
+_UNCOPIED = "local_md5sum IS NOT remote_md5sum AND removed IS NULL AND NOT coalesce(ignore, 0)"
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Show what is registered: the rows of the SupRsync database, newest last. It is only read, also while agent"
+        " and SupRsync are at work. With --since and --uncopied the whole table may have to be read, some seconds for"
+        " millions of rows."
+    )
+    add_agent_arguments(parser)
+    parser.add_argument("--archive", metavar="A", help="only of this archive: smurf or timestreams")
+    parser.add_argument(
+        "--since",
+        type=_time,
+        metavar="T",
+        help="only what was added since: unix time, ISO date or time (UTC where it names no zone), or 30m, 2h, 3d ago",
+    )
+    parser.add_argument("--uncopied", action="store_true", help="only what SupRsync has yet to copy")
+    parser.add_argument(
+        "--limit", type=_number, default=_LIMIT, metavar="N", help="the newest N of them; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, with all columns, e.g. for jq")
+    parser.set_defaults(run=_files)
+
+
+def _files(args: argparse.Namespace) -> None:
+    path = client.settings_of(args).db_path
+    try:
+        rows = _rows(path, args)
+    except (sqlite3.Error, OSError) as error:
+        raise NotDoneError(f"the database {path} cannot be read: {error}; is --db-path the agent's?") from error
+    more = f"the newest {args.limit} are shown, there are more: --limit" if len(rows) > args.limit else ""
+    rows = rows[-args.limit :]
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        if more:
+            print(f"socs-monitor: {more}", file=sys.stderr)
+    elif rows:
+        table = Table("id", "added (UTC)", "archive", "state", "local path, and where to", caption=more or None)
+        for row in rows:
+            paths = f"{plain(row['local_path'])}\n{plain(row['remote_path'])}"
+            cells = (row["id"], utc(row["timestamp"]), row["archive_name"], _state(row))
+            table.add_row(*(Text(plain(cell)) for cell in cells), Text(paths, overflow="fold"))
+        console().print(table)
+    else:
+        print("No such rows.")
+
+
+def _rows(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the newest rows that are asked for, in order, and one more if there is one."""
+    wanted: dict[str, Any] = {"archive_name = ?": args.archive, "timestamp >= ?": args.since}
+    chosen = {condition: value for condition, value in wanted.items() if value is not None}
+    where = " AND ".join(["1", *chosen, *([_UNCOPIED] if args.uncopied else [])])
+    with contextlib.closing(readonly.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        db.text_factory = lambda text: text.decode(errors="backslashreplace")  # an odd row hides no other
+        newest_first = db.execute(
+            f"SELECT * FROM supersync_v0 WHERE {where} ORDER BY id DESC LIMIT ?",  # noqa: S608 (own constants)
+            (*chosen.values(), args.limit + 1),
+        )
+        return [dict(row) for row in newest_first][::-1]
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    if row["ignore"]:
+        return "ignored"
+    copied = "copied" if row["local_md5sum"] == row["remote_md5sum"] else "not copied"
+    failed = f", failed {row['failed_copy_attempts']} times" if row["failed_copy_attempts"] else ""
+    return copied + (", removed" if row["removed"] is not None else "") + (failed if copied != "copied" else "")
+
+
+def _time(text: str) -> float:
+    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
+        return time.time() - float(ago[1]) * _UNITS[ago[2]]
+    with contextlib.suppress(ValueError):
+        return float(text)
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: write e.g. 1700000000, 2024-01-31, 2024-01-31T12:00, 30m, 2h or 3d"
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _number(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
+    return int(text)

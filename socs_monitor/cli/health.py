@@ -1,0 +1,45 @@
+"""The agent's health as the commands show it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+from socs_monitor.cli.shared import plain
+
+
+class State(enum.Enum):
+    """The agent's health. The value is the exit code of `socs-monitor status`."""
+
+    ALL_WELL = 0
+    UNKNOWN = 1
+    DEGRADED = 3
+    NOT_RUNNING = 4
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+class Health(NamedTuple):
+    """The agent's health, with the data it is based on.
+
+    Attributes:
+        state: The health in one word.
+        reasons: Reason of each condition.
+        note: Where the data is from, or empty.
+        data: ``session.data`` of `run`, as far as it is known.
+    """
+
+    state: State
+    reasons: dict[str, str]
+    note: str
+    data: dict[str, Any]
+
+    def line(self) -> str:
+        """Return state, reasons and note in one line."""
+        parts = [f"{condition}: {reason}" for condition, reason in self.reasons.items()]
+        return plain("; ".join([str(self.state), *parts, *([self.note] if self.note else [])]))
+
+    def json(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {"state": str(self.state), "reasons": self.reasons, "note": self.note, "data": self.data}

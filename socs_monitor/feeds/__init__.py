@@ -1,0 +1,1 @@
+"""OCS feeds: session messages, metadata and statistics."""

@@ -1,0 +1,1 @@
+"""Counters, conditions and the log: what the agent reports about itself."""
