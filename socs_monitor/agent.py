@@ -261,18 +261,18 @@ class PysmurfMonitor(DatagramProtocol):
                  'queue': {'depth': 0, 'oldest': 0.0},
                  'log': {'dropped': 0},
                  'database': {'write': 0.003, 'write_max': 0.02, 'errors': 0, 'corrected': 0,
-                              'file_missing': 0},
+                              'row_without_file': 0},
                  'spool': {'bytes': 12345, 'max_bytes': 1073741824},
                  'streams': {'crate1slot2': {'files_today': 12, 'last_file': 1700000000.1,
                                              'last_metadata': 1700000000.4}},
                  'problems': [{'time': 1700000000.1, 'text': '3 messages of ...'}]}
 
             ``degraded`` maps each condition under which files do not get through to its reason: what happened,
-            what it means, what to do. The conditions are ``database``, ``spool``, ``intake``, ``spool entries``,
-            ``spool sync``, ``spool size`` (nearly full), ``oldest`` (a file waits for its row for more than a
-            minute), ``given up`` (a file was missing for too long; for an hour), ``gaps`` and ``kernel drops``
-            (messages were lost; for five minutes), ``disk_hangs`` (files on it wait), ``socket`` and
-            ``unforeseen``. Each ends by itself.
+            what it means, what to do. The conditions are ``database``, ``spool``, ``registrations_rejected``,
+            ``spool_update``, ``spool_sync``, ``spool_size`` (nearly full), ``backlog`` (a file waits for its row
+            for more than a minute), ``file_missing`` (a file was missing for too long; for an hour),
+            ``messages_lost`` and ``kernel_drops`` (for five minutes), ``disk_hangs`` (files on it wait),
+            ``socket`` and ``internal_error``. Each ends by itself.
 
             ``malformed`` are datagrams that were no message, ``refused`` registrations that could not even be
             kept, ``unpublished`` messages that reached no feed, each by reason. ``lost`` are messages that never
@@ -284,15 +284,15 @@ class PysmurfMonitor(DatagramProtocol):
             ``discarded``; ``settling`` are registered ones whose file is yet to be looked at once more. The
             ``queue`` holds the pending ones; its ``oldest`` is an age in seconds. ``database`` tells the seconds
             that the last commit took, and the longest of the last minute; ``corrected`` counts rows that SupRsync
-            could not finish and that were given the present content of their files, ``file_missing`` is the number of
-            rows that it can never finish because their files are gone. ``log`` counts the lines of the log that
-            were dropped, because nobody read the agent's standard output. ``streams`` are the latest 50, with the
-            files of this day (UTC), and ``problems`` the latest 20.
+            could not finish and that were given the present content of their files, ``row_without_file`` is the
+            number of rows that it can never finish because their files are gone. ``log`` counts the lines of the
+            log that were dropped, because nobody read the agent's standard output. ``streams`` are the latest 50,
+            with the files of this day (UTC), and ``problems`` the latest 20.
         """
         once = bool((params or {}).get("test_mode")) or self._settings.test_mode
         self._session = session
         self.running = True
-        self._stats.forget("database", "spool entries", "unforeseen")  # it will be seen anew whether they hold
+        self._stats.forget("database", "spool_update", "internal_error")  # it will be seen anew whether they hold
         self._show()
         try:
             if once:
@@ -329,9 +329,9 @@ class PysmurfMonitor(DatagramProtocol):
                 return
             except Exception as error:  # noqa: BLE001 (nobody is there at night to start the process again)
                 reason = f"unforeseen error {error!r}, going on in {_RESTART_S:.0f} s; please report it"
-                self._stats.trouble("unforeseen", reason, traceback=traceback.format_exc())
+                self._stats.trouble("internal_error", reason, traceback=traceback.format_exc())
                 self._registrar.sleep(_RESTART_S)
-                self._stats.cured("unforeseen", "going on after an unforeseen error")
+                self._stats.cured("internal_error", "going on after an unforeseen error")
 
     def _take_all(self) -> None:
         """Have everything that was sent so far on the queue, also what the kernel still holds."""
@@ -360,7 +360,7 @@ class PysmurfMonitor(DatagramProtocol):
             seconds = 1.0
         self._intake.log_unwritten()
         text = "The agent did not stop in time, because a disk hangs. It was ended. Registrations in the spool are safe"
-        self._stats.log("error", "unforeseen", text)
+        self._stats.log("error", "internal_error", text)
         if self._report.log is not None:
             self._report.log.close()
         os._exit(1)
@@ -373,7 +373,7 @@ class PysmurfMonitor(DatagramProtocol):
                 work()
             except Exception as error:  # noqa: BLE001 (Twisted would not call it again, and nobody would notice)
                 text = f"unforeseen error {error!r}; please report it"
-                self._stats.repeated("error", "unforeseen", text, traceback=traceback.format_exc())
+                self._stats.repeated("error", "internal_error", text, traceback=traceback.format_exc())
 
         LoopingCall(guarded).start(seconds)
 

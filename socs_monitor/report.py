@@ -87,8 +87,8 @@ class Report:
                 f" {self._sequences.lost} of all senders so far. {_LOST}"
             )
             keys = {"sender": loss.sender, "id": loss.id, "script": loss.script}
-            self._stats.repeated("warn", "gap", text, **keys, lost=loss.lost)
-            self._stats.alarm("gaps", text, LOSS_S)
+            self._stats.repeated("warn", "messages_lost", text, **keys, lost=loss.lost)
+            self._stats.alarm("messages_lost", text, LOSS_S)
 
     def _look_at_socket(self, receiver: Receiver) -> None:
         stats = self._stats
@@ -101,7 +101,7 @@ class Report:
                 f" net.core.rmem_max={receiver.asked}"
             )
             stats.repeated("warn", "kernel_drops", text, dropped=dropped)
-            stats.alarm("kernel drops", text, LOSS_S)
+            stats.alarm("kernel_drops", text, LOSS_S)
         self._dropped = receiver.dropped
         if receiver.listening:
             stats.cured("socket", "the UDP port is bound again")
@@ -116,26 +116,26 @@ class Report:
         bytes_, most = self._intake.measured.bytes, self._spool.max_bytes
         if bytes_ > NEARLY_FULL * most:
             self._stats.trouble(
-                "spool size",
+                "spool_size",
                 f"the spool has {bytes_} of its {most} bytes: when it is full, registrations are refused, and lost. See"
                 " why files are not registered: the other conditions, and socs-monitor failed list. To take more in,"
                 " start the agent with a larger --spool-size",
             )
         else:
-            self._stats.cured("spool size", "the spool has room again")
+            self._stats.cured("spool_size", "the spool has room again")
 
     def _look_at_oldest(self) -> None:
         # what a stopped agent left behind has a minute from the start
         waited = min(self._age(), self._monotonic() - self._begin)
         if waited > OLDEST_S:
             self._stats.trouble(
-                "oldest",
+                "backlog",
                 f"a registration waits for its row for {waited:.0f} s: files are not being registered, or slower than"
                 " they come. Nothing is lost. See that the process run is running, and the other conditions; large"
                 " files on a slow disk take their time",
             )
         else:
-            self._stats.cured("oldest", "registrations get their rows in time again")
+            self._stats.cured("backlog", "registrations get their rows in time again")
 
     def _look_at_dead_letters(self) -> None:
         """Report dead letters that were discarded for lack of room."""

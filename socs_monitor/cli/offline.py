@@ -56,7 +56,7 @@ def look(settings: Settings, now: float) -> tuple[bool, dict[str, Any]]:
                 "SELECT received FROM registrations WHERE state = 'pending' ORDER BY id LIMIT 1"
             ).fetchone()
             if oldest is not None and now - oldest[0] > OLDEST_S:
-                degraded["oldest"] = f"a registration has waited for its row for {now - oldest[0]:.0f} s"
+                degraded["backlog"] = f"a registration has waited for its row for {now - oldest[0]:.0f} s"
         except (sqlite3.Error, OSError) as error:
             degraded["spool"] = f"the spool {path} cannot be read: {error}"
     if lives:

@@ -92,7 +92,7 @@ class Caretaker:
                     pass  # the next pass does it; the registrar reports the database
                 except Exception as error:  # noqa: BLE001 (the thread must live)
                     text = f"correcting rows failed: {error!r}. It is tried again every minute; please report it"
-                    self._stats.repeated("error", "unforeseen", text)
+                    self._stats.repeated("error", "internal_error", text)
         finally:
             self._database.close()
 
@@ -159,8 +159,8 @@ class Caretaker:
                 f"{rows} for a copy of a file that is gone, among them {path}. SupRsync reports nothing later as final."
                 " Put the file back, or set ignore to 1 in its row"
             )
-            self._stats.log("warn", "file_missing", text, count=gone, path=path)
-        self._gone = self._stats.writes.file_missing = gone
+            self._stats.log("warn", "row_without_file", text, count=gone, path=path)
+        self._gone = self._stats.writes.row_without_file = gone
 
     def _forget(self) -> None:
         until = self._monotonic() - RETRY_S

@@ -107,13 +107,13 @@ class WriteTimes:
     Attributes:
         errors (int): How often the database could not be used.
         corrected (int): Number of corrections of rows that SupRsync could not finish.
-        file_missing (int): Number of rows that wait for a copy of a file that is gone, a minute ago at most.
+        row_without_file (int): Number of rows that wait for a copy of a file that is gone, a minute ago at most.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self.corrected = 0
-        self.file_missing = 0
+        self.row_without_file = 0
         self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # by second
         self._last = 0.0
         self.errors = 0
@@ -137,5 +137,5 @@ class WriteTimes:
             "write_max": max(recent, default=0.0),
             "errors": self.errors,
             "corrected": self.corrected,
-            "file_missing": self.file_missing,
+            "row_without_file": self.row_without_file,
         }

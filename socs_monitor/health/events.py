@@ -16,14 +16,14 @@ EVENTS: Mapping[str, str] = {
     "waiting": "A file is not there yet, or cannot be read; it is looked for again.",
     "changed": "A file changed after it was registered; it is hashed and registered again.",
     "corrected": "A row that SupRsync could not finish was given the present content of its file.",
-    "file_missing": "Rows wait for a copy of a file that is gone: SupRsync can never finish them.",
-    "given_up": "A file was missing or unreadable for too long: its registration is a dead letter.",
+    "row_without_file": "Rows wait for a copy of a file that is gone: SupRsync can never finish them.",
+    "file_missing": "A file was missing or unreadable for too long: its registration is a dead letter.",
     "refused": "A registration can never become a row: it is a dead letter.",
     "dead_letters": "Dead letters were tried again or discarded by a person, or dropped since there are too many.",
     "backfill": "A backfill ended.",
     "degraded": "A condition began under which files do not get through; condition is its key in the session data.",
     "recovered": "Such a condition ended.",
-    "gap": "Messages of a sender were lost on their way.",
+    "messages_lost": "Messages of a sender were lost on their way.",
     "kernel_drops": "The kernel dropped datagrams, since they came faster than they were read.",
     "socket": "The UDP port failed, or the kernel grants it less of a buffer than was asked for.",
     "dropped": "Datagrams were no messages, or of senders that are not allowed.",
@@ -34,7 +34,7 @@ EVENTS: Mapping[str, str] = {
     "log_dropped": "Lines of the log were dropped, because the program that reads it had stopped reading.",
     "registrations_lost": "The agent stopped while the spool could not be written: the paths it names are lost.",
     "configuration": "An option is missing that a site should set.",
-    "unforeseen": "An error that nobody thought of; to be reported, with its traceback.",
+    "internal_error": "An error that nobody thought of; to be reported, with its traceback.",
 }
 
 # Events that senders can bring about at will: counted and logged, but not kept among the last problems.

@@ -268,7 +268,7 @@ class Registrar:
 
     def _report_unexpected(self, error: Exception) -> None:
         text = f"Unexpected error {error!r}. Registration goes on. Please report it"
-        self._stats.repeated("error", "unforeseen", text, traceback=traceback.format_exc())
+        self._stats.repeated("error", "internal_error", text, traceback=traceback.format_exc())
 
     def _culprit(self, result: Result, reason: str) -> list[Transition]:
         if isinstance(result, (Recheck, Rechecked)):
@@ -491,8 +491,8 @@ class Registrar:
             self._stats.repeated("warn", "refused", text, **keys)
         else:
             text = f"registration {registration.id} became a dead letter: {reason}. Run: socs-monitor failed list"
-            self._stats.repeated("error", "given_up", text, **keys)
-            self._stats.alarm("given up", text, GIVEN_UP_S)
+            self._stats.repeated("error", "file_missing", text, **keys)
+            self._stats.alarm("file_missing", text, GIVEN_UP_S)
 
     # --- re-checks
 
@@ -617,10 +617,10 @@ class Registrar:
             try:
                 result = operation()
             except SpoolError as error:
-                self._stats.trouble("spool entries", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
+                self._stats.trouble("spool_update", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
                 self._back_off()
             else:
-                self._succeeded("spool entries", "the spool can be used again")
+                self._succeeded("spool_update", "the spool can be used again")
                 return result
 
     def _until_available(self, operation: Callable[[], T]) -> T:

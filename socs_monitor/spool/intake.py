@@ -249,7 +249,7 @@ class Intake:
             if self.unwritten > self._inbox_max:
                 self._stats.refused["spool"] += 1
                 self._stats.trouble(
-                    "intake",
+                    "registrations_rejected",
                     "The spool cannot take registrations as fast as they arrive, and memory is full. Some are refused"
                     " and lost. See the condition spool. Find missing timestreams with: socs-monitor backfill ROOT",
                 )
@@ -282,7 +282,7 @@ class Intake:
                     self._to_write.popleft()
                 self._stats.cured("spool", "the spool can be written again")
                 if not self.overloaded:
-                    self._stats.cured("intake", "registrations are no longer refused")
+                    self._stats.cured("registrations_rejected", "registrations are no longer refused")
         return True
 
     def _accept(self, metas: Sequence[Meta], batch: Sequence[Incoming]) -> None:
@@ -369,7 +369,7 @@ class Intake:
             try:
                 self._spool.sync()
             except SpoolError as error:
-                self._stats.trouble("spool sync", f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}")
+                self._stats.trouble("spool_sync", f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}")
             else:
-                self._stats.cured("spool sync", "the spool can be synced again")
+                self._stats.cured("spool_sync", "the spool can be synced again")
             self.measure()

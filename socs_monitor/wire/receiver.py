@@ -181,5 +181,5 @@ class Receiver(udp.Port):
             except Exception:  # noqa: BLE001 (Twisted would close the port, and nobody would notice)
                 text = f"unforeseen error at a datagram from {addr[0]}, which is dropped; please report it"
                 sender = f"{addr[0]}:{addr[1]}"
-                self._report("error", "unforeseen", text, sender=sender, traceback=traceback.format_exc())
+                self._report("error", "internal_error", text, sender=sender, traceback=traceback.format_exc())
         return at_most

@@ -52,7 +52,7 @@ def test_a_path_that_cannot_be_looked_up_holds_up_no_other(
 
     wait_registered(monitor, registered)
     assert spooled(spool_of(monitor))[str(path)] == "waiting"
-    assert "unforeseen" not in monitor.log
+    assert "internal_error" not in monitor.log
 
 
 def test_a_message_that_this_version_cannot_read_holds_up_no_other(agent: StartAgent, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_message_that_this_version_cannot_read_holds_up_no_other(agent: StartA
     status = [OWN_BIN / "socs-monitor", "status", "--brief", "--site-file", monitor.site_config]
     asked = subprocess.run(status, capture_output=True, text=True, timeout=60, check=False)
     assert (asked.returncode, asked.stderr) == (State.NOT_RUNNING.value, "")
-    assert "oldest" in asked.stdout
+    assert "backlog" in asked.stdout
     monitor.start()
     monitor.wait_listening()
 
@@ -76,4 +76,4 @@ def test_a_message_that_this_version_cannot_read_holds_up_no_other(agent: StartA
     (letter,) = monitor.client().list_failed().session["data"]["failed"]
     assert letter["refused"]
     assert "wrong or missing field" in letter["reason"]
-    assert "unforeseen" not in monitor.log
+    assert "internal_error" not in monitor.log

@@ -300,7 +300,7 @@ def test_files_that_may_not_grow(agent: StartAgent, server: Callable[[Agent], Sm
     resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE, (max(sizes) + room, before[1]))
     while not degraded(client):
         sent += send_files(sender, 50, rate=500)
-    assert set(degraded(client)) <= {"database", "spool", "spool entries", "spool sync"}
+    assert set(degraded(client)) <= {"database", "spool", "spool_update", "spool_sync"}
 
     resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE, before)
     wait_registered(monitor, sent)

@@ -120,7 +120,7 @@ def test_without_a_router_nothing_is_published_and_all_goes_on(own_router: Route
             subscriber.wait_for(lambda: subscriber.messages(FEED), 30, "got figures again")
             assert blocks(subscriber.messages(FEED)[0])["monitor_stats"]["files_registered"] == 3
         assert "Could not publish" not in monitor.log
-        assert "unforeseen" not in monitor.log
+        assert "internal_error" not in monitor.log
 
 
 def test_a_gap_is_logged_and_shown_and_degrades(agent: StartAgent) -> None:
@@ -139,7 +139,7 @@ def test_a_gap_is_logged_and_shown_and_degrades(agent: StartAgent) -> None:
             "last": sender["last"],
         }
         assert abs(sender["last"] - time.time()) < 10
-        assert "socs-monitor backfill ROOT" in shown["degraded"]["gaps"]
+        assert "socs-monitor backfill ROOT" in shown["degraded"]["messages_lost"]
         assert client.run.status().session["degraded"] is True
         assert len(re.findall(f"event=gap sender=127.0.0.1:{port} id=crate1slot2 .*lost=3", monitor.log)) == 1
         for late in datagrams[1:4]:
@@ -188,7 +188,7 @@ def test_what_the_kernel_drops_is_counted(agent: StartAgent) -> None:
 
     assert shown["lost"]["kernel"] == shown["lost"]["gaps"]
     assert shown["datagrams"]["total"] == 102 - shown["lost"]["kernel"]
-    assert set(shown["degraded"]) == {"gaps", "kernel drops"}
+    assert set(shown["degraded"]) == {"messages_lost", "kernel_drops"}
     assert shown["socket"]["buffer_asked"] == 10_000
     monitor.wait_log("the kernel dropped .*event=kernel_drops")
 
@@ -270,7 +270,16 @@ def test_every_line_of_the_log_is_an_event(agent: StartAgent, tmp_path: Path) ->
         assert match, line
         events.append(match[1])
     assert set(events) <= set(EVENTS)
-    expected = {"registered", "waiting", "changed", "given_up", "refused", "dead_letters", "backfill", "gap"}
+    expected = {
+        "registered",
+        "waiting",
+        "changed",
+        "file_missing",
+        "refused",
+        "dead_letters",
+        "backfill",
+        "messages_lost",
+    }
     assert set(events) >= expected | {"degraded", "recovered", "dropped", "field"}
 
 

@@ -119,7 +119,7 @@ def test_what_was_lost_is_told_with_its_sender(agent: StartAgent) -> None:
         publisher.start()
         publisher.encode({}, "general")  # and not sent
         publisher.stop()
-    monitor.wait_for(lambda: "gaps" in data(client).get("degraded", {}), 10, "misses it")
+    monitor.wait_for(lambda: "messages_lost" in data(client).get("degraded", {}), 10, "misses it")
 
     shown = ask(monitor, code=DEGRADED)
     assert "1 missing by sequence number, 0 dropped by the kernel" in shown
@@ -175,7 +175,7 @@ def test_without_a_router_an_entry_that_waits_too_long_is_told(
     monkeypatch.setattr(status.time, "time", lambda: begin + 100)
     found = report(without)
     assert found.state is State.DEGRADED
-    assert re.search(r"has waited for its row for 1\d\d s", found.reasons["oldest"])
+    assert re.search(r"has waited for its row for 1\d\d s", found.reasons["backlog"])
     assert found.data["files"]["pending"] == 1
 
 
@@ -189,7 +189,7 @@ def test_without_a_router_a_file_that_goes_on_growing_is_not_one_that_waits(
 
     files = report(site(monitor)).data["files"]
     assert (files["settling"], files["pending"]) == (3, 0)
-    assert "oldest" not in report(site(monitor)).reasons
+    assert "backlog" not in report(site(monitor)).reasons
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
@@ -286,7 +286,7 @@ def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path:
             publisher.encode({}, "general")  # and not sent: it is named as one whose messages are lost
     of_agent = monitor.client()
     monitor.wait_for(lambda: files(of_agent).get("dead") == len(odd), 10, "has no place for them")
-    monitor.wait_for(lambda: "gaps" in data(of_agent)["degraded"], 10, "misses others")
+    monitor.wait_for(lambda: "messages_lost" in data(of_agent)["degraded"], 10, "misses others")
 
     done = run(OWN_BIN / "socs-monitor", "status", *site(monitor))
     assert (done.returncode, done.stderr) == (DEGRADED, "")

@@ -99,7 +99,7 @@ def test_the_age_of_the_oldest_registration_is_that_of_its_wait(bench: Bench, cl
     with write_lock(bench.chain.db_path), pytest.raises(StoppedError):
         bench.chain.step()
 
-    assert seen == [{"database", "oldest"}]
+    assert seen == [{"database", "backlog"}]
 
 
 def test_the_age_is_right_of_one_that_only_the_spool_holds(bench: Bench, clock: Clock, step: float) -> None:
@@ -118,11 +118,11 @@ def test_a_late_message_has_its_time_of_grace_and_a_gap_its_alarm(bench: Bench, 
     seen = clock.now
     assert bench.degraded(GRACE_S / 2) == {}
     data = bench.look(GRACE_S / 2)
-    assert set(data["degraded"]) == {"gaps"}
+    assert set(data["degraded"]) == {"messages_lost"}
     assert [sender["last"] for sender in data["lost"]["senders"]] == [seen]
     clock.step(step)
 
-    assert set(bench.degraded(LOSS_S - 1)) == {"gaps"}
+    assert set(bench.degraded(LOSS_S - 1)) == {"messages_lost"}
     assert bench.degraded(1) == {}
 
 

@@ -79,7 +79,7 @@ def test_the_session_data_has_all_the_documented_keys(bench: Bench, clock: Clock
     assert data["spool"]["bytes"] > 0
     assert data["streams"] == {}
     assert data["log"] == {"dropped": 0}
-    assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "file_missing": 0}
+    assert data["database"] == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "row_without_file": 0}
     bench.chain.step()
     assert bench.report.data()["queue"] == {"depth": 0, "oldest": 0.0}, "measured before it had its row"
     data = bench.look()
@@ -118,13 +118,13 @@ def test_a_gap_is_told_with_all_that_is_known_and_degrades_for_five_minutes(benc
 
     sender = {"sender": "10.0.0.1:40000", "id": "crate1slot2", "script": "undeclared", "lost": 3, "last": seen}
     assert data["lost"] == {"gaps": 3, "kernel": 0, "reordered": 0, "senders": [sender]}
-    reason = data["degraded"]["gaps"]
+    reason = data["degraded"]["messages_lost"]
     assert reason.startswith("3 messages of 10.0.0.1:40000 (crate1slot2, undeclared) were lost")
     assert "2023-11-14 22:13:" in reason
     assert "socs-monitor backfill ROOT" in reason
-    ((level, text),) = bench.lines("gap")
+    ((level, text),) = bench.lines("messages_lost")
     assert level == "warn"
-    assert text == f"{reason} | event=gap sender=10.0.0.1:40000 id=crate1slot2 script=undeclared lost=3"
+    assert text == f"{reason} | event=messages_lost sender=10.0.0.1:40000 id=crate1slot2 script=undeclared lost=3"
     assert data["problems"][-1]["text"] == reason
     assert bench.degraded(LOSS_S - 1)
     assert bench.degraded(1) == {}
@@ -136,9 +136,9 @@ def test_any_number_of_gaps_is_a_line_a_minute(bench: Bench) -> None:
         bench.look(GRACE_S / 2)
     bench.look(DIGEST_S)
 
-    assert 2 <= len(bench.lines("gap")) <= 3
+    assert 2 <= len(bench.lines("messages_lost")) <= 3
     assert bench.look()["lost"]["gaps"] == 99
-    assert "more like this in the last minute" in bench.lines("gap")[-1][1]
+    assert "more like this in the last minute" in bench.lines("messages_lost")[-1][1]
 
 
 def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
@@ -147,7 +147,7 @@ def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
     data = bench.look()
 
     assert data["lost"]["kernel"] == dropped > 0
-    reason = data["degraded"]["kernel drops"]
+    reason = data["degraded"]["kernel_drops"]
     assert reason.startswith(f"the kernel dropped {dropped} datagrams")
     assert f"sysctl -w net.core.rmem_max={ASKED}" in reason
     assert [level for level, _ in bench.lines("kernel_drops")] == ["warn"]
@@ -181,8 +181,8 @@ def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_
         def locked() -> bool:
             assert set(bench.degraded(OLDEST_S)) == {"database"}
             degraded = bench.degraded(1)
-            assert set(degraded) == {"database", "oldest"}
-            assert "61 s" in degraded["oldest"]
+            assert set(degraded) == {"database", "backlog"}
+            assert "61 s" in degraded["backlog"]
             assert bench.look()["queue"] == {"depth": 1, "oldest": OLDEST_S + 1}
             lock.close()
             return True
@@ -207,7 +207,7 @@ def test_what_a_stopped_agent_left_behind_has_a_minute_from_the_start(bench: Ben
     bench.port.close()
     assert data["queue"] == {"depth": 1, "oldest": 10_000 + OLDEST_S}
     assert data["degraded"] == {}
-    assert set(bench.degraded(1)) == {"oldest"}
+    assert set(bench.degraded(1)) == {"backlog"}
 
 
 def test_a_spool_that_is_nearly_full_degrades_until_it_has_room(bench: Bench, clock: Clock) -> None:
@@ -217,7 +217,7 @@ def test_a_spool_that_is_nearly_full_degrades_until_it_has_room(bench: Bench, cl
     spool.max_bytes = int(spool.bytes / NEARLY_FULL) + 1
     assert bench.degraded() == {}
     spool.max_bytes = int(spool.bytes / NEARLY_FULL) - 1
-    reason = bench.degraded()["spool size"]
+    reason = bench.degraded()["spool_size"]
     assert f"{spool.bytes} of its {spool.max_bytes} bytes" in reason
     assert "--spool-size" in reason
     bench.chain.step()
@@ -241,10 +241,10 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
     while bench.look()["files"]["dead"] == 1:
         bench.chain.step()
         clock.advance(60)
-    reason = bench.degraded()["given up"]
+    reason = bench.degraded()["file_missing"]
 
     assert "never_comes: No such file or directory, given up after 60 min" in reason
-    ((level, text),) = bench.lines("given_up")
+    ((level, text),) = bench.lines("file_missing")
     assert level == "error"
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
     assert bench.degraded(GIVEN_UP_S - 120)

@@ -164,8 +164,8 @@ def test_rows_of_files_that_are_gone_are_reported_and_left_as_they_are(site: Sit
         assert site.caretaker.run_pass() == 0
 
     assert rows(site.db_path) == before
-    assert site.figures()["file_missing"] == 3
-    (line,) = (line for line in site.said if "event=file_missing" in line)
+    assert site.figures()["row_without_file"] == 3
+    (line,) = (line for line in site.said if "event=row_without_file" in line)
     assert line.startswith("3 rows wait for a copy of a file that is gone, among them ")
 
 
@@ -177,7 +177,7 @@ def test_a_file_that_is_back_is_copied(site: Site) -> None:
 
     assert site.caretaker.run_pass() == 1
     assert site.row()["failed_copy_attempts"] == 0
-    assert site.figures()["file_missing"] == 0
+    assert site.figures()["row_without_file"] == 0
 
 
 def test_a_file_that_cannot_be_read_is_left_for_later(site: Site) -> None:
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_is_left_for_later(site: Site) -> None:
     os.rename(path, path + ".aside")
     os.symlink(path, path)  # ELOOP
     assert site.caretaker.run_pass() == 0
-    assert site.stats.writes.file_missing == 0
+    assert site.stats.writes.row_without_file == 0
     os.rename(path + ".aside", path)
 
     assert site.caretaker.run_pass() == 1
@@ -197,7 +197,7 @@ def test_nothing_but_regular_files_below_the_data_roots_is_opened(site: Site, tm
     os.mkfifo(tmp_path / "files" / "b")
     site.begin(data_roots=("/nowhere",))
     assert site.caretaker.run_pass() == 0
-    assert site.figures()["file_missing"] == 0
+    assert site.figures()["row_without_file"] == 0
     site.begin(data_roots=(str(tmp_path),))
 
     assert site.caretaker.run_pass() == 1

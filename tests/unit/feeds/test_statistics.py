@@ -69,7 +69,7 @@ def test_the_block_has_the_documented_numbers() -> None:
     }
     assert set(fields) == set(FIELDS)
     assert all(type(value) in (int, float) for value in fields.values())
-    assert numbers({**session_data(), "degraded": {"gaps": "x", "spool": "y"}})["degraded"] == 1
+    assert numbers({**session_data(), "degraded": {"messages_lost": "x", "spool": "y"}})["degraded"] == 1
 
 
 def test_it_is_recorded_but_not_by_the_aggregator(bench: Bench) -> None:

@@ -74,18 +74,18 @@ def test_a_streams_name_is_short_and_fit_to_be_shown(streams: StreamActivity, na
 
 def test_the_last_write_and_the_longest_of_the_last_minute_are_told(clock: Clock) -> None:
     writes = WriteTimes(clock.monotonic)
-    assert writes.data() == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "file_missing": 0}
+    assert writes.data() == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "row_without_file": 0}
     for seconds in (0.1, 0.9, 0.2):
         writes.wrote(seconds)
     clock.advance(30)
     writes.wrote(0.3)
     writes.errors += 1
-    assert writes.data() == {"write": 0.3, "write_max": 0.9, "errors": 1, "corrected": 0, "file_missing": 0}
+    assert writes.data() == {"write": 0.3, "write_max": 0.9, "errors": 1, "corrected": 0, "row_without_file": 0}
     clock.advance(31)
     assert writes.data()["write_max"] == 0.3
     clock.advance(31)
 
-    assert writes.data() == {"write": 0.3, "write_max": 0.0, "errors": 1, "corrected": 0, "file_missing": 0}
+    assert writes.data() == {"write": 0.3, "write_max": 0.0, "errors": 1, "corrected": 0, "row_without_file": 0}
 
 
 def test_any_number_of_writes_takes_little_memory(clock: Clock) -> None:

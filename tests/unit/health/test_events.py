@@ -29,31 +29,31 @@ def test_the_text_comes_first_and_then_the_event_and_the_keys() -> None:
     assert line("registered", "registered 4 files", {"files": 4, "path": "/data/a b.npy", "s": 0.1234567891}) == (
         'registered 4 files | event=registered files=4 path="/data/a b.npy" s=0.123457'
     )
-    assert line("gap", "lost", {}) == "lost | event=gap"
+    assert line("messages_lost", "lost", {}) == "lost | event=messages_lost"
 
 
 @pytest.mark.parametrize("value", ["", " ", '"', "=", "\\", "a\nb", "\x00", "\u2028", "é", "a\x1b[31m", "/plain/x.g3"])
 def test_any_value_is_one_value_on_one_line(value: str) -> None:
-    shown = line("gap", "text", {"path": value, "lost": 1})
+    shown = line("messages_lost", "text", {"path": value, "lost": 1})
 
     assert len(shown.splitlines()) == 1
     assert shown.isprintable()
-    assert parse(shown) == ("text", {"event": "gap", "path": value, "lost": "1"})
+    assert parse(shown) == ("text", {"event": "messages_lost", "path": value, "lost": "1"})
 
 
 @given(st.text())
 def test_what_a_sender_writes_makes_no_other_keys(value: str) -> None:
-    shown = line("gap", "text", {"id": value, "lost": 1})
+    shown = line("messages_lost", "text", {"id": value, "lost": 1})
 
-    assert parse(shown)[1] == {"event": "gap", "id": value, "lost": "1"}
+    assert parse(shown)[1] == {"event": "messages_lost", "id": value, "lost": "1"}
 
 
 def test_of_a_long_value_the_middle_is_left_out() -> None:
-    _, keys = parse(line("gap", "text", {"id": "a" * 5000 + "b" * 5000}))
+    _, keys = parse(line("messages_lost", "text", {"id": "a" * 5000 + "b" * 5000}))
 
     assert len(keys["id"]) < 410
     assert (keys["id"][0], keys["id"][-1]) == ("a", "b")
-    assert len(line("unforeseen", "text", {"traceback": "x" * 5000})) > 5000
+    assert len(line("internal_error", "text", {"traceback": "x" * 5000})) > 5000
 
 
 def test_every_event_is_defined_and_used() -> None:

@@ -64,7 +64,7 @@ def test_the_session_data_is_json_with_the_documented_keys(stats: Bench) -> None
             **{"received": 21, "registered": 3, "pending": 3, "waiting": 4, "dead": 5, "discarded": 6, "settling": 2},
             **{"last": "/x", "last_time": stats.clock.now},
         },
-        "database": {"write": 0.5, "write_max": 0.5, "errors": 0, "corrected": 0, "file_missing": 0},
+        "database": {"write": 0.5, "write_max": 0.5, "errors": 0, "corrected": 0, "row_without_file": 0},
         "streams": {
             "crate1slot2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": None},
             "s2": {"files_today": 1, "last_file": stats.clock.now, "last_metadata": stats.clock.now},
@@ -103,12 +103,12 @@ def test_a_condition_is_logged_when_it_begins_and_when_it_ends(stats: Bench) -> 
 
 
 def test_an_alarm_ends_by_itself_and_is_renewed_by_the_next(stats: Bench) -> None:
-    stats.alarm("gaps", "lost 1", 300)
+    stats.alarm("messages_lost", "lost 1", 300)
     stats.clock.advance(200)
-    stats.alarm("gaps", "lost 2", 300)
+    stats.alarm("messages_lost", "lost 2", 300)
     stats.clock.advance(299)
     stats.digest()
-    assert shown(stats)["degraded"] == {"gaps": "lost 2"}
+    assert shown(stats)["degraded"] == {"messages_lost": "lost 2"}
     assert stats.said == []
     stats.clock.advance(1)
     stats.digest()
@@ -120,7 +120,7 @@ def test_an_alarm_ends_by_itself_and_is_renewed_by_the_next(stats: Bench) -> Non
 def test_what_is_forgotten_is_neither_degraded_nor_recovered(stats: Bench) -> None:
     stats.trouble("database", "locked")
     stats.said.clear()
-    stats.forget("database", "spool entries")
+    stats.forget("database", "spool_update")
 
     assert (stats.degraded, stats.said) == (False, [])
     stats.trouble("database", "still locked")
@@ -247,7 +247,7 @@ def test_what_senders_can_bring_about_at_will_does_not_push_out_the_problems(sta
 
 
 def test_a_repeated_error_is_a_problem_too(stats: Bench) -> None:
-    stats.repeated("error", "given_up", "gave up a file")
+    stats.repeated("error", "file_missing", "gave up a file")
 
     assert [problem["text"] for problem in shown(stats)["problems"]] == ["gave up a file"]
 
@@ -259,10 +259,10 @@ def test_a_repeated_error_is_a_problem_too(stats: Bench) -> None:
 )
 def test_the_session_data_stays_small_whatever_senders_write(stats: Bench, text: str) -> None:
     for number in range(100):
-        stats.log("error", "given_up", f"{number}{text}")
+        stats.log("error", "file_missing", f"{number}{text}")
         stats.registered(1, [f"{number}{text}", f"{text}{number}"], text)
         stats.streams.metadata(f"STREAMER:{number}{text}")
-    for condition in ("database", "spool", "gaps", "given up"):
+    for condition in ("database", "spool", "messages_lost", "file_missing"):
         stats.trouble(condition, text)
 
     assert len(json.dumps(shown(stats))) < 70_000

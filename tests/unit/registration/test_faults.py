@@ -136,7 +136,7 @@ def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clo
         assert chain.sums() == {"a.dat": sum_}
         assert chain.counts() == {"received": 1, "pending": 1}
         chain.accept("b.dat")  # finds the spool locked
-        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool entries"}
+        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool_update"}
 
     sum_ = chain.write("a.dat", b"a")
     chain.accept("a.dat")
