@@ -141,7 +141,7 @@ def test_a_gap_is_logged_and_shown_and_degrades(agent: StartAgent) -> None:
         assert abs(sender["last"] - time.time()) < 10
         assert "socs-monitor backfill ROOT" in shown["degraded"]["messages_lost"]
         assert client.run.status().session["degraded"] is True
-        assert len(re.findall(f"event=gap sender=127.0.0.1:{port} id=crate1slot2 .*lost=3", monitor.log)) == 1
+        assert len(re.findall(f"event=messages_lost sender=127.0.0.1:{port} id=crate1slot2 .*lost=3", monitor.log)) == 1
         for late in datagrams[1:4]:
             publisher.send(late)
         none = {"gaps": 0, "kernel": 0, "reordered": 3, "senders": []}
@@ -251,7 +251,7 @@ def test_every_line_of_the_log_is_an_event(agent: StartAgent, tmp_path: Path) ->
             send_files(sender, 1)
             monitor.wait_log("event=degraded")
     monitor.wait_log("event=recovered")
-    monitor.wait_log("event=gap")
+    monitor.wait_log("event=messages_lost")
     monitor.wait_log("event=given_up")
     Path(sent[0]).write_text("another")
     client.list_failed()

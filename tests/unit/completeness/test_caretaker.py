@@ -265,7 +265,7 @@ def test_the_thread_looks_again_and_again_whatever_happens(site: Site, monkeypat
     site.caretaker.stop()
 
     assert not site.caretaker._thread.is_alive()
-    assert [line for line in site.said if "nobody thought of it" in line and "event=unforeseen" in line]
+    assert [line for line in site.said if "nobody thought of it" in line and "event=internal_error" in line]
 
 
 def test_a_stop_ends_it_within_a_second_also_while_it_hashes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
