@@ -32,8 +32,8 @@ from twisted.internet.task import LoopingCall
 from socs_monitor.completeness.caretaker import Caretaker
 from socs_monitor.feeds.forwarding import Feeds
 from socs_monitor.feeds.statistics import INTERVAL_S, StatsFeed
+from socs_monitor.health.health import Health
 from socs_monitor.health.logpipe import LogPipe
-from socs_monitor.health.stats import Stats
 from socs_monitor.registration.registrar import Registrar
 from socs_monitor.registration.workers import start_thread
 from socs_monitor.report import Report
@@ -103,9 +103,9 @@ class PysmurfMonitor(DatagramProtocol):
         self._ended: Any = None  # the session of the run that ended last
         self._ending = threading.Lock()
         self._receiver: Receiver | None = None
-        self._stats = Stats(self._say)
+        self._health = Health(self._say)
         self._sequences = Sequences()
-        self._feeds = Feeds(agent, self._stats)
+        self._feeds = Feeds(agent, self._health)
         self._is_allowed = _membership(settings.allow_sender)
 
     # The spool is opened when it is first needed, so that a monitor made by hand touches no disk before.
@@ -113,29 +113,29 @@ class PysmurfMonitor(DatagramProtocol):
     @functools.cached_property
     def _spool(self) -> Spool:
         settings = self._settings
-        return Spool(settings.spool_path, self._stats.reporter("warn", "spool"), settings.spool_size)
+        return Spool(settings.spool_path, self._health.log.reporter("warn", "spool"), settings.spool_size)
 
     @functools.cached_property
     def _intake(self) -> Intake:
-        return Intake(self._spool, self.file_queue, self._stats)
+        return Intake(self._spool, self.file_queue, self._health)
 
     def _database(self, create_table: bool) -> Database:
-        report = self._stats.reporter("warn", "database")
+        report = self._health.log.reporter("warn", "database")
         return Database(self.db_path, create_table=create_table, echo=self.echo_sql, report=report)
 
     def _make_caretaker(self) -> Caretaker:
-        return Caretaker(self._database(False), self._registrar.hash_file, self._stats)
+        return Caretaker(self._database(False), self._registrar.hash_file, self._health)
 
     @functools.cached_property
     def _registrar(self) -> Registrar:
         database = self._database(self._settings.create_table)
         debug = self._debug if _LOG_LEVEL in ("debug", "trace") else None
         policy = self._settings.policy
-        return Registrar(self._intake, self.file_queue, self._spool, database, self._stats, policy, debug)
+        return Registrar(self._intake, self.file_queue, self._spool, database, self._health, policy, debug)
 
     @functools.cached_property
     def _report(self) -> Report:
-        return Report(self._stats, self._sequences, self._spool, self._intake)
+        return Report(self._health, self._sequences, self._spool, self._intake)
 
     def start(self, log: LogPipe | None) -> None:
         """Open the spool, bind the port, and have all that needs the reactor done by it from now on.
@@ -149,10 +149,10 @@ class PysmurfMonitor(DatagramProtocol):
         """
         self._intake.start()
         self._report.log = log
-        Tasks(self._spool, self._intake, self._registrar, self._stats, self.db_path).register(self.agent)
+        Tasks(self._spool, self._intake, self._registrar, self._health, self.db_path).register(self.agent)
         self._receiver = self._report.receiver = self._listen()
         self._feeds.start(reactor)
-        stats_feed = StatsFeed(self.agent, self._report.data, self._stats.streams.files)
+        stats_feed = StatsFeed(self.agent, self._report.data, self._health.counters.streams.files)
         self._each(_SHOW_INTERVAL_S, self._look)
         self._each(INTERVAL_S, stats_feed.publish)
         reactor.addSystemEventTrigger("before", "shutdown", lambda: start_thread(self._watch_shutdown, "watchdog"))
@@ -173,16 +173,16 @@ class PysmurfMonitor(DatagramProtocol):
             settings.udp_host,
             reactor,
             buffer=settings.udp_buffer,
-            report=self._stats.repeated,
+            report=self._health.log.log_throttled,
             after_read=self._intake.commit,
         )
         receiver.startListening()
         if receiver.buffer < settings.udp_buffer:
             text = f"the kernel grants a receive buffer of {receiver.buffer} bytes instead of {settings.udp_buffer}"
             advice = f"On the host: sysctl -w net.core.rmem_max={settings.udp_buffer}"
-            self._stats.log("warn", "socket", f"{text}: a burst may be lost. {advice}", buffer=receiver.buffer)
+            self._health.log.log("warn", "socket", f"{text}: a burst may be lost. {advice}", buffer=receiver.buffer)
         if not settings.policy.data_roots:
-            self._stats.log(
+            self._health.log.log(
                 "warn",
                 "configuration",
                 "no --data-root: any file that a sender names is registered, and SupRsync may delete it. Name the"
@@ -197,27 +197,27 @@ class PysmurfMonitor(DatagramProtocol):
             _data (bytes or str): Raw data passed over the UDP port. The pysmurf publisher sends a JSON string.
             addr (tuple): (host, port) of the sender.
         """
-        stats = self._stats
-        stats.bytes += len(_data)
+        health = self._health
+        health.counters.bytes += len(_data)
         if not self._is_allowed(addr[0]):
-            stats.useless("sender not allowed", addr[0])
+            health.count_malformed("sender not allowed", addr[0])
             return
         try:
             message = messages.parse(_data)
         except MessageError as error:
-            stats.useless(error.reason, addr[0])
+            health.count_malformed(error.reason, addr[0])
             self._sequences.seen(addr, messages.envelope_of(_data))  # it did arrive
             return
         self._sequences.seen(addr, message.envelope)
         kind = message.envelope["type"]
-        stats.datagrams[kind if kind in messages.TYPES else "other"] += 1
+        health.counters.datagrams[kind if kind in messages.TYPES else "other"] += 1
         if isinstance(message, (DataFile, G3File)):
             self._intake.put(message.meta, Incoming(time.time(), f"{addr[0]}:{addr[1]}", message.text))
         elif self._intake.overloaded:
-            stats.unpublished["overload"] += 1
+            health.counters.unpublished["overload"] += 1
         elif isinstance(message, (SessionMessage, Metadata)):
             if not self._feeds.has_room(len(_data)):
-                stats.unpublished["overload"] += 1
+                health.counters.unpublished["overload"] += 1
             elif isinstance(message, SessionMessage):
                 self._feeds.session(message, _data if isinstance(_data, bytes) else _data.encode())
             else:
@@ -292,7 +292,7 @@ class PysmurfMonitor(DatagramProtocol):
         once = bool((params or {}).get("test_mode")) or self._settings.test_mode
         self._session = session
         self.running = True
-        self._stats.forget("database", "spool_update", "internal_error")  # it will be seen anew whether they hold
+        self._health.conditions.forget("database", "spool_update", "internal_error")  # their state is unknown now
         self._show()
         try:
             if once:
@@ -310,7 +310,7 @@ class PysmurfMonitor(DatagramProtocol):
                 self._ended = session
                 self.running = False
                 self._registrar.resume()
-            self._stats.say_registered()
+            self._health.log.flush(everything=True)
             self._show()
             if once and self._receiver is None:
                 self._close_spool()
@@ -329,9 +329,9 @@ class PysmurfMonitor(DatagramProtocol):
                 return
             except Exception as error:  # noqa: BLE001 (nobody is there at night to start the process again)
                 reason = f"unforeseen error {error!r}, going on in {_RESTART_S:.0f} s; please report it"
-                self._stats.trouble("internal_error", reason, traceback=traceback.format_exc())
+                self._health.conditions.set_condition("internal_error", reason, traceback=traceback.format_exc())
                 self._registrar.sleep(_RESTART_S)
-                self._stats.cured("internal_error", "going on after an unforeseen error")
+                self._health.conditions.clear_condition("internal_error", "going on after an unforeseen error")
 
     def _take_all(self) -> None:
         """Have everything that was sent so far on the queue, also what the kernel still holds."""
@@ -360,7 +360,7 @@ class PysmurfMonitor(DatagramProtocol):
             seconds = 1.0
         self._intake.log_unwritten()
         text = "The agent did not stop in time, because a disk hangs. It was ended. Registrations in the spool are safe"
-        self._stats.log("error", "internal_error", text)
+        self._health.log.log("error", "internal_error", text)
         if self._report.log is not None:
             self._report.log.close()
         os._exit(1)
@@ -373,7 +373,7 @@ class PysmurfMonitor(DatagramProtocol):
                 work()
             except Exception as error:  # noqa: BLE001 (Twisted would not call it again, and nobody would notice)
                 text = f"unforeseen error {error!r}; please report it"
-                self._stats.repeated("error", "internal_error", text, traceback=traceback.format_exc())
+                self._health.log.log_throttled("error", "internal_error", text, traceback=traceback.format_exc())
 
         LoopingCall(guarded).start(seconds)
 
@@ -384,7 +384,7 @@ class PysmurfMonitor(DatagramProtocol):
     def _show(self) -> None:
         if self._session is not None:
             self._session.data = self._report.data()
-            self._session.degraded = self._stats.degraded
+            self._session.degraded = bool(self._health.conditions)
 
     def _say(self, level: str, text: str) -> None:
         getattr(self.log, level)("{text}", text=text)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from socs_monitor.health.health import Health
 from socs_monitor.health.logpipe import LogPipe
-from socs_monitor.health.stats import Stats
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
 from socs_monitor.wire.receiver import Receiver
@@ -36,7 +36,7 @@ class Report:
     """Looks at all parts of the agent.
 
     Args:
-        stats: Counters and conditions.
+        health: Counters and conditions.
         sequences: Knows what senders lost.
         spool: The spool.
         intake: Measures it.
@@ -49,13 +49,13 @@ class Report:
 
     def __init__(
         self,
-        stats: Stats,
+        health: Health,
         sequences: Sequences,
         spool: Spool,
         intake: Intake,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stats = stats
+        self._health = health
         self._sequences = sequences
         self._spool = spool
         self._intake = intake
@@ -69,7 +69,7 @@ class Report:
 
     def look(self) -> None:
         """Log what is due, and let conditions begin and end."""
-        self._stats.digest()
+        self._health.tick()
         self._look_for_gaps()
         if self.receiver is not None:
             self._look_at_socket(self.receiver)
@@ -86,12 +86,12 @@ class Report:
                 f"{loss.lost} messages of {loss.sender} ({loss.id}, {loss.script}) were lost on their way at {when},"
                 f" {self._sequences.lost} of all senders so far. {_LOST}"
             )
-            keys = {"sender": loss.sender, "id": loss.id, "script": loss.script}
-            self._stats.repeated("warn", "messages_lost", text, **keys, lost=loss.lost)
-            self._stats.alarm("messages_lost", text, LOSS_S)
+            keys: dict[str, Any] = {"sender": loss.sender, "id": loss.id, "script": loss.script}
+            self._health.log.log_throttled("warn", "messages_lost", text, **keys, lost=loss.lost)
+            self._health.conditions.set_condition_for("messages_lost", text, LOSS_S)
 
     def _look_at_socket(self, receiver: Receiver) -> None:
-        stats = self._stats
+        health = self._health
         receiver.measure()
         if (dropped := receiver.dropped - self._dropped) > 0:
             text = (
@@ -100,13 +100,13 @@ class Report:
                 f" not overloaded; where the buffer is below the {receiver.asked} bytes asked for: sysctl -w"
                 f" net.core.rmem_max={receiver.asked}"
             )
-            stats.repeated("warn", "kernel_drops", text, dropped=dropped)
-            stats.alarm("kernel_drops", text, LOSS_S)
+            health.log.log_throttled("warn", "kernel_drops", text, dropped=dropped)
+            health.conditions.set_condition_for("kernel_drops", text, LOSS_S)
         self._dropped = receiver.dropped
         if receiver.listening:
-            stats.cured("socket", "the UDP port is bound again")
+            health.conditions.clear_condition("socket", "the UDP port is bound again")
         else:
-            stats.trouble(
+            health.conditions.set_condition(
                 "socket",
                 f"the UDP port {receiver.port} cannot be bound: no message arrives, and what is sent now is lost. It is"
                 " tried again every second. Find out who has the port: ss -ulpn",
@@ -115,27 +115,27 @@ class Report:
     def _look_at_spool(self) -> None:
         bytes_, most = self._intake.measured.bytes, self._spool.max_bytes
         if bytes_ > NEARLY_FULL * most:
-            self._stats.trouble(
+            self._health.conditions.set_condition(
                 "spool_size",
                 f"the spool has {bytes_} of its {most} bytes: when it is full, registrations are refused, and lost. See"
                 " why files are not registered: the other conditions, and socs-monitor failed list. To take more in,"
                 " start the agent with a larger --spool-size",
             )
         else:
-            self._stats.cured("spool_size", "the spool has room again")
+            self._health.conditions.clear_condition("spool_size", "the spool has room again")
 
     def _look_at_oldest(self) -> None:
         # what a stopped agent left behind has a minute from the start
         waited = min(self._age(), self._monotonic() - self._begin)
         if waited > OLDEST_S:
-            self._stats.trouble(
+            self._health.conditions.set_condition(
                 "backlog",
                 f"a registration waits for its row for {waited:.0f} s: files are not being registered, or slower than"
                 " they come. Nothing is lost. See that the process run is running, and the other conditions; large"
                 " files on a slow disk take their time",
             )
         else:
-            self._stats.cured("backlog", "registrations get their rows in time again")
+            self._health.conditions.clear_condition("backlog", "registrations get their rows in time again")
 
     def _look_at_dead_letters(self) -> None:
         """Report dead letters that were discarded for lack of room."""
@@ -145,7 +145,7 @@ class Report:
                 f"discarded {discarded} dead letters because there is no room for more, refused ones first, then the"
                 " oldest. Look at the others, and discard them: socs-monitor failed list"
             )
-            self._stats.repeated("warn", "dead_letters", text, discarded=discarded)
+            self._health.log.log_throttled("warn", "dead_letters", text, discarded=discarded)
 
     def _look_at_log(self, log: LogPipe) -> None:
         """Report lines that were dropped, as soon as the log is read again."""
@@ -156,7 +156,7 @@ class Report:
                 " standard output had stopped reading. Files were registered meanwhile. Check the log driver, or the"
                 " program behind the pipe"
             )
-            self._stats.repeated("warn", "log_dropped", text, lines=lines)
+            self._health.log.log_throttled("warn", "log_dropped", text, lines=lines)
 
     def _age(self) -> float:
         """Age of the oldest registration that has no row yet, in seconds."""
@@ -179,7 +179,7 @@ class Report:
             ],
         }
         return {
-            **self._stats.data(counts),
+            **self._health.data(counts),
             "lost": lost,
             "socket": {
                 "buffer_asked": receiver.asked if receiver else 0,

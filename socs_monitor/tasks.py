@@ -11,7 +11,7 @@ from ocs import ocs_agent
 from twisted.internet.defer import Deferred, succeed
 
 from socs_monitor.completeness.scan import Scan, registration_of
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.registration.registrar import Registrar
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import Intake
@@ -32,15 +32,15 @@ class Tasks:
         spool: The spool with the dead letters.
         intake: Takes what is found missing.
         registrar: Tries again.
-        stats: Says what was done.
+        health: Says what was done.
         db_path: The SupRsync database.
     """
 
-    def __init__(self, spool: Spool, intake: Intake, registrar: Registrar, stats: Stats, db_path: str) -> None:
+    def __init__(self, spool: Spool, intake: Intake, registrar: Registrar, health: Health, db_path: str) -> None:
         self._spool = spool
         self._intake = intake
         self._registrar = registrar
-        self._stats = stats
+        self._health = health
         self._db_path = db_path
         self._aborted: dict[int, threading.Event] = {}  # by session id of a backfill
 
@@ -128,7 +128,7 @@ class Tasks:
             return False, str(error)
         missing = 0 if ids is None else len(set(ids)) - changed
         message = f"{changed} dead letters {what}" + (f", {missing} ids are no dead letters." if missing else ".")
-        self._stats.log("info", "dead_letters", message, count=changed)
+        self._health.log.log("info", "dead_letters", message, count=changed)
         return not missing, message
 
     @ocs_agent.param("root", type=str)  # type: ignore[untyped-decorator]
@@ -188,7 +188,7 @@ class Tasks:
             succeeded, message = False, f"aborted: {found} of them in no row."
         else:
             succeeded, message = True, f"{found} {'would be' if dry_run else 'are being'} registered."
-        self._stats.log("info", "backfill", f"backfill: {message}", root=root)
+        self._health.log.log("info", "backfill", f"backfill: {message}", root=root)
         return succeeded, message
 
     def _abort_backfill(self, session: Any, params: Any = None) -> Deferred[tuple[bool, str]]:

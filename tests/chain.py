@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
 from socs_monitor.registration.registrar import Registrar, StoppedError
@@ -153,16 +153,16 @@ class Chain:
 
     def open(self) -> None:
         """Begin, as the agent does when it starts."""
-        self.stats = Stats(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
+        self.health = Health(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
         limits = {**self.limits, **self._timeout}
-        self.spool = Spool(str(self.spool_path), self.stats.reporter("warn", "spool"), **limits)
+        self.spool = Spool(str(self.spool_path), self.health.log.reporter("warn", "spool"), **limits)
         self.queue = FileQueue(self._queue_max)
-        self.intake = Intake(self.spool, self.queue, self.stats, self.clock, self.monotonic, batch=self._batch)
+        self.intake = Intake(self.spool, self.queue, self.health, self.clock, self.monotonic, batch=self._batch)
         self.database = Database(
             str(self.db_path),
             create_table=True,
             echo=False,
-            report=self.stats.reporter("warn", "database"),
+            report=self.health.log.reporter("warn", "database"),
             clock=self.clock,
             **self._timeout,
         )
@@ -171,7 +171,7 @@ class Chain:
             self.queue,
             self.spool,
             self.database,
-            self.stats,
+            self.health,
             self._policy,
             lambda _: None,
             self.monotonic,
@@ -267,7 +267,7 @@ class Chain:
         assert counts[RECEIVED] == sum(counts[state] for state in counts if state != RECEIVED), counts
         stored = dict(execute(self.spool_path, "SELECT state, count(*) FROM registrations GROUP BY state"))
         assert {state: counts[state] for state in STORED} == {state: stored.get(state, 0) for state in STORED}
-        files = self.stats.data(counts)["files"]
+        files = self.health.data(counts)["files"]
         assert files["received"] == sum(files[key] for key in ("registered", "pending", "waiting", "dead", "discarded"))
 
     def counts(self) -> dict[str, int]:

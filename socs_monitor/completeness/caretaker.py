@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.registration.workers import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import Correction, needs_retry, plan_correction
@@ -52,7 +52,7 @@ class Caretaker:
     Args:
         database: Its own connection; closed at the end of the thread.
         hash_file: Hashes a file.
-        stats: Counts and logs corrections.
+        health: Counts and logs corrections.
         monotonic: Gives seconds of a clock that never steps.
     """
 
@@ -60,12 +60,12 @@ class Caretaker:
         self,
         database: Database,
         hash_file: HashFile,
-        stats: Stats,
+        health: Health,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._hash_file = hash_file
-        self._stats = stats
+        self._health = health
         self._monotonic = monotonic
         self._checked: dict[tuple[int, str, bool], float] = {}  # in the order of their times
         self._gone = 0
@@ -92,7 +92,7 @@ class Caretaker:
                     pass  # the next pass does it; the registrar reports the database
                 except Exception as error:  # noqa: BLE001 (the thread must live)
                     text = f"correcting rows failed: {error!r}. It is tried again every minute; please report it"
-                    self._stats.repeated("error", "internal_error", text)
+                    self._health.log.log_throttled("error", "internal_error", text)
         finally:
             self._database.close()
 
@@ -129,7 +129,7 @@ class Caretaker:
             if corrections:
                 corrected += self._correct(corrections, corrected)
         if corrected > _LINES:
-            self._stats.log("info", "corrected", f"corrected {corrected} rows in one pass", count=corrected)
+            self._health.log.log("info", "corrected", f"corrected {corrected} rows in one pass", count=corrected)
         self._report_gone(gone, last_gone)
         return corrected
 
@@ -148,8 +148,8 @@ class Caretaker:
                 same = correction.local_md5sum == row.local_md5sum
                 why = "SupRsync had given it up" if same else "the file has other content than its row"
                 text = f"{why}; SupRsync copies it again: {row.local_path}"
-                self._stats.log("info", "corrected", text, path=row.local_path, archive=row.archive_name)
-        self._stats.writes.corrected += len(done)
+                self._health.log.log("info", "corrected", text, path=row.local_path, archive=row.archive_name)
+        self._health.counters.writes.corrected += len(done)
         return len(done)
 
     def _report_gone(self, gone: int, path: str) -> None:
@@ -159,8 +159,8 @@ class Caretaker:
                 f"{rows} for a copy of a file that is gone, among them {path}. SupRsync reports nothing later as final."
                 " Put the file back, or set ignore to 1 in its row"
             )
-            self._stats.log("warn", "row_without_file", text, count=gone, path=path)
-        self._gone = self._stats.writes.row_without_file = gone
+            self._health.log.log("warn", "row_without_file", text, count=gone, path=path)
+        self._gone = self._health.counters.writes.row_without_file = gone
 
     def _forget(self) -> None:
         until = self._monotonic() - RETRY_S

@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
 from socs_monitor.feeds.fields import FieldError, Streams, Value
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.wire import messages
 from socs_monitor.wire.messages import Metadata, SessionMessage
 
@@ -79,20 +79,20 @@ class Feeds:
 
     Args:
         agent: The OCSAgent, or whatever has its ``register_feed`` and ``publish_to_feed``.
-        stats: Learns what could not be published.
+        health: Learns what could not be published.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
     """
 
-    def __init__(self, agent: Any, stats: Stats, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, agent: Any, health: Health, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._agent = agent
-        self._stats = stats
+        self._health = health
         self._monotonic = monotonic
         self._backlog: deque[tuple[float, bytes]] = deque()
         self._backlog_bytes = 0
         self._flow = _Flow()
         self._streams = Streams(
             Feed.enforce_field_name_rules,
-            lambda text: stats.repeated("warn", "field", text),
+            lambda text: health.log.log_throttled("warn", "field", text),
             self._forget,
             self._widen,
         )
@@ -124,7 +124,7 @@ class Feeds:
         self._backlog_bytes += len(datagram)
         while len(self._backlog) > BACKLOG_MAX or self._backlog_bytes > BACKLOG_BYTES:
             self._take_oldest()
-            self._stats.unpublished["session messages: no router"] += 1
+            self._health.counters.unpublished["session messages: no router"] += 1
         self._publish_backlog()
 
     def _take_oldest(self) -> tuple[float, bytes]:
@@ -136,21 +136,21 @@ class Feeds:
         while self._backlog and self._router_joined():
             since, datagram = self._take_oldest()
             if self._monotonic() - since > BACKLOG_AGE_S:
-                self._stats.unpublished["session messages: no router"] += 1
+                self._health.counters.unpublished["session messages: no router"] += 1
             else:
                 self._publish(SESSION_FEED, messages.parse(datagram).envelope)
 
     def metadata(self, message: Metadata) -> None:
         """Publish the value of a register on its stream's feed; without a router it is dropped, and counted."""
         if not self._router_joined():
-            self._stats.unpublished["metadata: no router"] += 1
+            self._health.counters.unpublished["metadata: no router"] += 1
             return
         try:
             name, value = self._streams.field(message.stream_id, message.path, message.value, message.time)
         except FieldError as error:
-            self._stats.unpublished[f"metadata: {error.reason}"] += 1
+            self._health.counters.unpublished[f"metadata: {error.reason}"] += 1
             return
-        self._stats.streams.metadata(message.stream_id)
+        self._health.counters.streams.metadata(message.stream_id)
         recorded = self._recorded.get(message.stream_id)
         if recorded is None:
             feed = self._agent.register_feed(f"{message.stream_id}_meta", record=True, buffer_time=BUFFER_S)
@@ -202,9 +202,9 @@ class Feeds:
         self._count_refused(samples, recorded.feed.feed_name, error)
 
     def _count_refused(self, number: int, feed_name: str, error: Exception) -> None:
-        self._stats.unpublished["not taken by OCS"] += number
+        self._health.counters.unpublished["not taken by OCS"] += number
         text = f"could not publish {number} messages on a feed: {error!r}"
-        self._stats.repeated("warn", "not_published", text, feed=feed_name)
+        self._health.log.log_throttled("warn", "not_published", text, feed=feed_name)
 
     def _forget(self, stream_id: str) -> None:
         """Publish what a stream has left, and take its feed from OCS, which has no method for that."""

@@ -21,7 +21,8 @@ from typing import TypeVar
 
 from socs_monitor import crashpoint
 from socs_monitor.health import events
-from socs_monitor.health.stats import GIVEN_UP_S, Stats
+from socs_monitor.health.conditions import FILE_MISSING_S
+from socs_monitor.health.health import Health
 from socs_monitor.registration import lookup
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
@@ -78,7 +79,7 @@ class Registrar:
         file_queue: Where they come from.
         spool: Where they are kept meanwhile.
         database: Where they go.
-        stats: Counts files and takes conditions.
+        health: Counts files and takes conditions.
         policy: How files are treated.
         debug: Called with a line for each file; None where nobody reads that.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
@@ -93,7 +94,7 @@ class Registrar:
         file_queue: FileQueue,
         spool: Spool,
         database: Database,
-        stats: Stats,
+        health: Health,
         policy: Policy,
         debug: Callable[[str], None] | None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -106,7 +107,7 @@ class Registrar:
         self._queue = file_queue
         self._spool = spool
         self._database = database
-        self._stats = stats
+        self._health = health
         self._policy = policy
         self._debug = debug
         self._monotonic = monotonic
@@ -236,13 +237,13 @@ class Registrar:
 
     def _note_hanging(self) -> None:
         if folders := self._parking.folders:
-            self._stats.trouble(
+            self._health.conditions.set_condition(
                 "disk_hangs",
                 f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere"
                 " are not affected. The disk is tried again every minute. Check it with: df -h",
             )
         else:
-            self._stats.cured("disk_hangs", "all disks answer again")
+            self._health.conditions.clear_condition("disk_hangs", "all disks answer again")
 
     # --- from results to transitions
 
@@ -268,7 +269,7 @@ class Registrar:
 
     def _report_unexpected(self, error: Exception) -> None:
         text = f"Unexpected error {error!r}. Registration goes on. Please report it"
-        self._stats.repeated("error", "internal_error", text, traceback=traceback.format_exc())
+        self._health.log.log_throttled("error", "internal_error", text, traceback=traceback.format_exc())
 
     def _culprit(self, result: Result, reason: str) -> list[Transition]:
         if isinstance(result, (Recheck, Rechecked)):
@@ -346,7 +347,7 @@ class Registrar:
             if not outcomes:  # the write lock was waited for, and files may have changed meanwhile
                 hashed = self._verified(hashed)
                 continue
-            self._stats.writes.wrote(time.perf_counter() - begin)
+            self._health.counters.writes.wrote(time.perf_counter() - begin)
             self._succeeded("database", "the database can be written again")
             crashpoint.reach("committed")
             if self._database.identity != self._database_identity:
@@ -368,7 +369,7 @@ class Registrar:
                 if changed and not registration.rounds:
                     first.append(registration["pub_id"])
             if registered:
-                self._stats.registered(len(registered), first, registered[-1].file.entry.local_path)
+                self._health.count_registered(len(registered), first, registered[-1].file.entry.local_path)
                 transitions += self._committed(registered)
         return refused
 
@@ -448,7 +449,7 @@ class Registrar:
                 transitions.append(Transition(State.PENDING, Event.FAILED, [registration.id], due, reason))
                 if not registration.attempts:
                     text = f"waiting for a file that cannot be read yet: {reason}"
-                    self._stats.repeated("info", "waiting", text, id=registration["pub_id"])
+                    self._health.log.log_throttled("info", "waiting", text, id=registration["pub_id"])
         if given_up:
             transitions += self._give_up(given_up)
         return transitions
@@ -488,11 +489,11 @@ class Registrar:
         keys = {"sender": registration.sender, "id": registration["pub_id"], "path": registration["path"]}
         if refused:
             text = f"registration {registration.id} was refused, a dead letter: {reason}"
-            self._stats.repeated("warn", "refused", text, **keys)
+            self._health.log.log_throttled("warn", "refused", text, **keys)
         else:
             text = f"registration {registration.id} became a dead letter: {reason}. Run: socs-monitor failed list"
-            self._stats.repeated("error", "file_missing", text, **keys)
-            self._stats.alarm("file_missing", text, GIVEN_UP_S)
+            self._health.log.log_throttled("error", "file_missing", text, **keys)
+            self._health.conditions.set_condition_for("file_missing", text, FILE_MISSING_S)
 
     # --- re-checks
 
@@ -561,7 +562,7 @@ class Registrar:
                 by_event.setdefault(Event.SUPERSEDED, []).append(id_)
             else:
                 text = "a file changed after it was registered, and is registered again"
-                self._stats.repeated("info", "changed", text, path=known.path)
+                self._health.log.log_throttled("info", "changed", text, path=known.path)
                 transitions.append(Transition(State.REGISTERED, Event.CHANGED, [id_], due=0.0))
             concluded.append(id_)
         if by_event:
@@ -617,7 +618,8 @@ class Registrar:
             try:
                 result = operation()
             except SpoolError as error:
-                self._stats.trouble("spool_update", f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}")
+                text = f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}"
+                self._health.conditions.set_condition("spool_update", text)
                 self._back_off()
             else:
                 self._succeeded("spool_update", "the spool can be used again")
@@ -639,13 +641,14 @@ class Registrar:
         self._until_available(self._database.sync)
 
     def _unavailable(self, error: DatabaseUnavailableError) -> None:
-        self._stats.writes.errors += 1
-        self._stats.trouble("database", f"{error}. Registrations are kept in the spool until it works again")
+        self._health.counters.writes.errors += 1
+        text = f"{error}. Registrations are kept in the spool until it works again"
+        self._health.conditions.set_condition("database", text)
         self._back_off()
 
     def _succeeded(self, condition: str, text: str) -> None:
         self._backoff_s = _BACKOFF_FIRST_S
-        self._stats.cured(condition, text)
+        self._health.conditions.clear_condition(condition, text)
 
     def _back_off(self) -> None:
         self._wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from socs_monitor import crashpoint
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.store import Incoming, Registration, Spool, SpoolFullError
 from socs_monitor.wire import messages
@@ -149,7 +149,7 @@ class Intake:
     Args:
         spool: The open spool.
         file_queue: Where accepted registrations go. A plain dict that somebody else puts there is accepted, too.
-        stats: Counts what is received and takes conditions.
+        health: Counts what is received and takes conditions.
         clock: Gives unix time.
         monotonic: Gives seconds of CLOCK_MONOTONIC.
         batch: Number of registrations written at a time.
@@ -164,7 +164,7 @@ class Intake:
         self,
         spool: Spool,
         file_queue: FileQueue,
-        stats: Stats,
+        health: Health,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         *,
@@ -178,7 +178,7 @@ class Intake:
         self.measured = Measure(0, None)
         self._spool = spool
         self._queue = file_queue
-        self._stats = stats
+        self._health = health
         self._clock = clock
         self._monotonic = monotonic
         # by the first id that was received then, by how much unix time is ahead of CLOCK_MONOTONIC; one entry a step
@@ -221,7 +221,7 @@ class Intake:
         """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
         paths = [messages.brief(meta["path"]) for meta, _ in (*self._to_write, *self._put)]
         for start in range(0, len(paths), _PATHS_A_LINE):
-            self._stats.log(
+            self._health.log.log(
                 "error",
                 "registrations_lost",
                 f"The spool {self._spool.path} could not be written before the agent stopped. Nobody will copy these"
@@ -247,8 +247,8 @@ class Intake:
         """
         with self._putting:
             if self.unwritten > self._inbox_max:
-                self._stats.refused["spool"] += 1
-                self._stats.trouble(
+                self._health.counters.refused["spool"] += 1
+                self._health.conditions.set_condition(
                     "registrations_rejected",
                     "The spool cannot take registrations as fast as they arrive, and memory is full. Some are refused"
                     " and lost. See the condition spool. Find missing timestreams with: socs-monitor backfill ROOT",
@@ -275,14 +275,15 @@ class Intake:
                 try:
                     self._accept([meta for meta, _ in batch], [incoming for _, incoming in batch])
                 except Exception as error:  # noqa: BLE001 (whatever it is, the writer must live and nothing be lost)
-                    self._stats.trouble("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
+                    self._health.conditions.set_condition("spool", f"{error}. {_IN_MEMORY}. {SPOOL_ADVICE}")
                     return False
                 for _, incoming in batch:
                     self._memory_freed += _memory_of(incoming)
                     self._to_write.popleft()
-                self._stats.cured("spool", "the spool can be written again")
+                self._health.conditions.clear_condition("spool", "the spool can be written again")
                 if not self.overloaded:
-                    self._stats.cured("registrations_rejected", "registrations are no longer refused")
+                    text = "registrations are no longer refused"
+                    self._health.conditions.clear_condition("registrations_rejected", text)
         return True
 
     def _accept(self, metas: Sequence[Meta], batch: Sequence[Incoming]) -> None:
@@ -328,7 +329,8 @@ class Intake:
             try:
                 batch.append((meta, Incoming(self._clock(), "file_queue", messages.encode_file(meta))))
             except messages.MessageError as error:
-                self._stats.repeated("warn", "refused", f"an item of file_queue is not a registration: {error}")
+                text = f"an item of file_queue is not a registration: {error}"
+                self._health.log.log_throttled("warn", "refused", text)
         try:
             ids = self._spool.accept([incoming for _, incoming in batch], held=True)
         except SpoolFullError:  # the caller must go on, or nothing would ever leave the spool
@@ -369,7 +371,8 @@ class Intake:
             try:
                 self._spool.sync()
             except SpoolError as error:
-                self._stats.trouble("spool_sync", f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}")
+                text = f"{error}. A power cut would lose what is not synced. {SPOOL_ADVICE}"
+                self._health.conditions.set_condition("spool_sync", text)
             else:
-                self._stats.cured("spool_sync", "the spool can be synced again")
+                self._health.conditions.clear_condition("spool_sync", "the spool can be synced again")
             self.measure()

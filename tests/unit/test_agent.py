@@ -148,7 +148,7 @@ def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
     session = MagicMock()
     thread = threading.Thread(target=lambda: monitor.run(session))
     thread.start()
-    wait_until(lambda: monitor._stats.degraded, 10, "it is degraded")
+    wait_until(lambda: monitor._health.conditions, 10, "it is degraded")
     monitor._show()
     assert session.degraded is True
     assert "--create-table" in session.data["degraded"]["database"]
@@ -158,7 +158,7 @@ def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
     maker._registrar._database.close()
     maker._intake.close()
     wait_until(lambda: len(rows(monitor.db_path)) == 1, 10, "the row is written")
-    wait_until(lambda: not monitor._stats.degraded, 10, "it is well")
+    wait_until(lambda: not monitor._health.conditions, 10, "it is well")
     monitor._stop(session)
     thread.join(1)
     monitor._intake.close()
@@ -316,8 +316,8 @@ def test_a_stop_between_the_last_work_and_the_end_is_not_for_the_next_run(
 
 
 def test_run_begins_without_the_conditions_of_the_one_before(monitor: PysmurfMonitor) -> None:
-    monitor._stats.trouble("database", "locked")
-    monitor._stats.trouble("socket", "lost")
+    monitor._health.conditions.set_condition("database", "locked")
+    monitor._health.conditions.set_condition("socket", "lost")
     session = MagicMock()
     monitor.run(session, {"test_mode": True})
 

@@ -9,7 +9,7 @@ import pytest
 
 from socs_monitor.feeds.forwarding import BACKLOG_AGE_S
 from socs_monitor.health.activity import MAX_STREAMS
-from socs_monitor.health.stats import DIGEST_S
+from socs_monitor.health.log import THROTTLE_S
 from socs_monitor.registration.registrar import StoppedError
 from socs_monitor.report import LOSS_S, OLDEST_S
 from socs_monitor.wire.sequences import GRACE_S
@@ -128,48 +128,52 @@ def test_a_late_message_has_its_time_of_grace_and_a_gap_its_alarm(bench: Bench, 
 
 def test_a_throttled_line_is_written_once_a_minute(chain: Chain, clock: Clock, step: float) -> None:
     for number in range(3):
-        chain.stats.repeated("warn", "field", f"name {number}")
-        chain.stats.useless("not JSON", "10.0.0.1")
+        chain.health.log.log_throttled("warn", "field", f"name {number}")
+        chain.health.count_malformed("not JSON", "10.0.0.1")
         clock.step(step)
-        chain.stats.digest()
+        chain.health.tick()
     assert len(chain.said) == 2, "one of each kind"
-    clock.advance(DIGEST_S)
-    chain.stats.digest()
+    clock.advance(THROTTLE_S)
+    chain.health.tick()
 
     assert len(chain.said) == 4
 
 
 def test_the_first_line_of_a_kind_is_written_at_once_even_just_after_a_boot(tmp_path: Path) -> None:
     chain = Chain(tmp_path, monotonic=lambda: 0.5)
-    chain.stats.repeated("warn", "field", "name")
-    chain.stats.useless("not JSON", "10.0.0.1")
-    chain.stats.registered(1, ["a"], "/x")
+    chain.health.log.log_throttled("warn", "field", "name")
+    chain.health.count_malformed("not JSON", "10.0.0.1")
+    chain.health.count_registered(1, ["a"], "/x")
     chain.crash()
 
     assert len(chain.said) == 3
 
 
 def test_the_longest_write_is_of_the_last_minute(chain: Chain, clock: Clock, step: float) -> None:
-    chain.stats.writes.wrote(3.0)
+    chain.health.counters.writes.wrote(3.0)
     clock.step(step)
     clock.advance(30)
-    chain.stats.writes.wrote(0.1)
-    assert chain.stats.writes.data()["write_max"] == 3.0
+    chain.health.counters.writes.wrote(0.1)
+    assert chain.health.counters.writes.data()["write_max"] == 3.0
     clock.advance(31)
 
-    assert chain.stats.writes.data()["write_max"] == 0.1
+    assert chain.health.counters.writes.data()["write_max"] == 0.1
 
 
 def test_the_stream_that_is_silent_longest_gives_way(chain: Chain, clock: Clock, step: float) -> None:
     for number in range(MAX_STREAMS):
         clock.advance(1)
-        chain.stats.streams.registered([f"s{number}"])
+        chain.health.counters.streams.registered([f"s{number}"])
     clock.step(step)
-    chain.stats.streams.registered(["new"])
+    chain.health.counters.streams.registered(["new"])
     clock.advance(1)
-    chain.stats.streams.registered(["newer"])
+    chain.health.counters.streams.registered(["newer"])
 
-    assert set(chain.stats.streams.data()) == {*(f"s{number}" for number in range(2, MAX_STREAMS)), "new", "newer"}
+    assert set(chain.health.counters.streams.data()) == {
+        *(f"s{number}" for number in range(2, MAX_STREAMS)),
+        "new",
+        "newer",
+    }
 
 
 def test_a_session_message_waits_for_the_router_as_long_as_ever(step: float) -> None:
@@ -183,4 +187,4 @@ def test_a_session_message_waits_for_the_router_as_long_as_ever(step: float) -> 
     bench.agent.join()
 
     assert bench.numbers() == [1]
-    assert bench.stats.unpublished == {NO_ROUTER: 1}
+    assert bench.health.counters.unpublished == {NO_ROUTER: 1}

@@ -37,7 +37,7 @@ def conditions_of_code() -> Iterator[str]:
     """Every condition that some code notes, by the first argument of ``trouble`` or ``alarm``."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("trouble", "alarm"):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("set_condition", "set_condition_for"):
                 condition = node.args[0]
                 assert isinstance(condition, ast.Constant), f"{path.name}:{node.lineno}: say the condition there"
                 yield str(condition.value)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.health.stats import DIGEST_S, GIVEN_UP_S
+from socs_monitor.health.conditions import FILE_MISSING_S
+from socs_monitor.health.log import THROTTLE_S
 from socs_monitor.report import LOSS_S, NEARLY_FULL, OLDEST_S, Report
 from socs_monitor.wire.sequences import GRACE_S, Sequences
 from tests import chain
@@ -32,7 +33,7 @@ class Bench:
         self.clock = clock
         self.port = Port()
         self.sequences = Sequences(clock, clock.monotonic)
-        self.report = Report(chain.stats, self.sequences, chain.spool, chain.intake, clock.monotonic)
+        self.report = Report(chain.health, self.sequences, chain.spool, chain.intake, clock.monotonic)
         self.report.receiver = self.port.receiver
 
     def arrive(self, *numbers: int, id_: str = "crate1slot2") -> None:
@@ -134,11 +135,11 @@ def test_any_number_of_gaps_is_a_line_a_minute(bench: Bench) -> None:
     for number in range(0, 200, 2):
         bench.arrive(number)
         bench.look(GRACE_S / 2)
-    bench.look(DIGEST_S)
+    bench.look(THROTTLE_S)
 
     assert 2 <= len(bench.lines("messages_lost")) <= 3
     assert bench.look()["lost"]["gaps"] == 99
-    assert "more like this in the last minute" in bench.lines("messages_lost")[-1][1]
+    assert "more like this in the last 60 s" in bench.lines("messages_lost")[-1][1]
 
 
 def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
@@ -192,7 +193,7 @@ def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_
         lock.enter_context(write_lock(bench.chain.db_path))
         bench.chain.locked = locked
         bench.chain.step()
-    assert bench.chain.stats.writes.errors == 1
+    assert bench.chain.health.counters.writes.errors == 1
 
     assert bench.degraded() == {}
 
@@ -247,7 +248,7 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
     ((level, text),) = bench.lines("file_missing")
     assert level == "error"
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text
-    assert bench.degraded(GIVEN_UP_S - 120)
+    assert bench.degraded(FILE_MISSING_S - 120)
     assert bench.degraded(120) == {}
 
 
@@ -260,7 +261,7 @@ def test_dropped_lines_of_the_log_are_reported_when_it_is_read_again(bench: Benc
     pipe.read((count - 10) * len(LINE))
     wait_until(lambda: not pipe.log.stuck, 10, "it is read again")
     bench.look()
-    bench.look(DIGEST_S)
+    bench.look(THROTTLE_S)
     pipe.close()
 
     ((level, text),) = bench.lines("log_dropped")
@@ -287,7 +288,7 @@ def test_dead_letters_that_have_no_room_are_a_line_a_minute(bench: Bench) -> Non
         bench.look()
     bench.port.close()
     assert bench.look()["files"]["dead"] == 2
-    bench.look(DIGEST_S)
+    bench.look(THROTTLE_S)
 
     assert [level for level, _ in bench.lines("dead_letters")] == ["warn", "warn"]
     assert "count=7" in bench.lines("dead_letters")[1][1]

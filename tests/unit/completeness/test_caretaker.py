@@ -44,7 +44,7 @@ class Site:
         chain.registrar.begin()
         self.db_path = chain.db_path
         self.database = chain.database
-        self.stats = chain.stats
+        self.health = chain.health
         self.hash_file = chain.registrar.hash_file
 
         def noting(path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
@@ -53,7 +53,7 @@ class Site:
 
         database = Database(str(self.db_path), create_table=False, echo=False, report=print, clock=self.clock)
         self._opened.append(database)
-        self.caretaker = Caretaker(database, noting, self.stats, self.clock.monotonic)
+        self.caretaker = Caretaker(database, noting, self.health, self.clock.monotonic)
 
     def end(self) -> None:
         while self._chains:
@@ -70,7 +70,7 @@ class Site:
 
     def figures(self) -> dict[str, Any]:
         """What the session data tells of the database."""
-        figures: dict[str, Any] = self.stats.data(self._chains[-1].spool.counts)["database"]
+        figures: dict[str, Any] = self.health.data(self._chains[-1].spool.counts)["database"]
         return figures
 
     def register(self, name: str, content: bytes, **state: Any) -> str:
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_is_left_for_later(site: Site) -> None:
     os.rename(path, path + ".aside")
     os.symlink(path, path)  # ELOOP
     assert site.caretaker.run_pass() == 0
-    assert site.stats.writes.row_without_file == 0
+    assert site.health.counters.writes.row_without_file == 0
     os.rename(path + ".aside", path)
 
     assert site.caretaker.run_pass() == 1

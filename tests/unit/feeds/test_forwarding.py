@@ -17,7 +17,7 @@ from twisted.internet.testing import StringTransport
 from socs_monitor.feeds import forwarding as feeds_module
 from socs_monitor.feeds.fields import MAX_STREAMS
 from socs_monitor.feeds.forwarding import BACKLOG_AGE_S, BACKLOG_BYTES, BACKLOG_MAX, BUFFER_BYTES, IN_FLIGHT_MAX, Feeds
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.wire import messages
 from socs_monitor.wire.messages import Metadata, SessionMessage
 from tests.chain import Clock
@@ -100,10 +100,10 @@ class Bench:
 
     def __init__(self) -> None:
         self.agent = Agent()
-        self.stats = Stats(lambda _level, _text: None)
+        self.health = Health(lambda _level, _text: None)
         self.clock = Clock()
         self.reactor = ReactorClock()
-        self.feeds = Feeds(self.agent, self.stats, self.clock.monotonic)
+        self.feeds = Feeds(self.agent, self.health, self.clock.monotonic)
         self.feeds.start(self.reactor)
         self.agent.join()
 
@@ -159,7 +159,7 @@ def test_session_messages_wait_for_the_router_in_order(bench: Bench) -> None:
     bench.session(3)
 
     assert bench.numbers() == [0, 1, 2, 3]
-    assert not bench.stats.unpublished
+    assert not bench.health.counters.unpublished
 
 
 def test_a_message_that_comes_before_the_backlog_was_published_does_not_overtake_it(bench: Bench) -> None:
@@ -178,7 +178,7 @@ def test_of_too_many_waiting_session_messages_the_oldest_are_dropped_and_counted
     bench.agent.join()
 
     assert bench.numbers() == list(range(3, 1003))
-    assert bench.stats.unpublished == {NO_ROUTER: 3}
+    assert bench.health.counters.unpublished == {NO_ROUTER: 3}
 
 
 def test_the_backlog_is_bounded_by_bytes_too(bench: Bench) -> None:
@@ -188,7 +188,7 @@ def test_the_backlog_is_bounded_by_bytes_too(bench: Bench) -> None:
     bench.agent.leave()
     for number in range(most + 3):
         bench.session(number, size)
-    assert bench.stats.unpublished == {NO_ROUTER: 3}
+    assert bench.health.counters.unpublished == {NO_ROUTER: 3}
     bench.agent.join()
 
     assert bench.numbers() == list(range(3, most + 3))
@@ -204,7 +204,7 @@ def test_a_backlog_that_was_published_takes_no_room_of_the_next_one(bench: Bench
         bench.agent.join()
 
     assert bench.numbers() == list(range(3 * most))
-    assert not bench.stats.unpublished
+    assert not bench.health.counters.unpublished
 
 
 def test_what_waited_is_published_as_it_came(bench: Bench) -> None:
@@ -227,7 +227,7 @@ def test_session_messages_that_are_too_old_are_dropped_and_counted(bench: Bench)
 
     assert BACKLOG_AGE_S == 300
     assert bench.numbers() == [1, 2], "a message may be 300 s old, no more"
-    assert bench.stats.unpublished == {NO_ROUTER: 1}
+    assert bench.health.counters.unpublished == {NO_ROUTER: 1}
 
 
 def test_a_router_that_goes_while_the_backlog_is_published_finds_the_rest_waiting(bench: Bench) -> None:
@@ -302,7 +302,7 @@ def test_without_a_router_metadata_is_dropped_and_counted(bench: Bench) -> None:
     bench.feeds.flush()
 
     assert bench.published() == [[1, 4]]
-    assert bench.stats.unpublished == {"metadata: no router": 2}
+    assert bench.health.counters.unpublished == {"metadata: no router": 2}
 
 
 def test_a_buffer_that_has_values_when_the_router_goes_is_published_when_it_is_back(bench: Bench) -> None:
@@ -324,8 +324,8 @@ def test_a_value_that_no_reader_survives_is_counted_and_the_others_go_on(bench: 
     bench.reactor.advance(1)
 
     assert bench.published() == [[1.5, 2.5]]
-    assert bench.stats.unpublished.total() == 1
-    assert all(reason.startswith("metadata: ") for reason in bench.stats.unpublished)
+    assert bench.health.counters.unpublished.total() == 1
+    assert all(reason.startswith("metadata: ") for reason in bench.health.counters.unpublished)
 
 
 def test_a_stream_with_unusable_values_only_gets_no_feed(bench: Bench) -> None:
@@ -349,7 +349,7 @@ def test_what_ocs_does_not_take_is_counted_and_the_next_goes_out(
         bench.session(1)
     bench.session(2)
 
-    assert bench.stats.unpublished == {"not taken by OCS": 1}
+    assert bench.health.counters.unpublished == {"not taken by OCS": 1}
     assert bench.numbers() == [2]
 
 
@@ -382,7 +382,7 @@ def test_a_buffer_that_the_transport_refuses_is_dropped_and_counted_and_all_feed
         bench.metadata(value, "s2")
     bench.agent.recorded["s1_meta"].error = error
     bench.reactor.advance(1)
-    assert bench.stats.unpublished == {"not taken by OCS": 3}
+    assert bench.health.counters.unpublished == {"not taken by OCS": 3}
     assert bench.published("s2_meta") == [[1, 2, 3]]
 
     bench.agent.recorded["s1_meta"].error = None
@@ -392,7 +392,7 @@ def test_a_buffer_that_the_transport_refuses_is_dropped_and_counted_and_all_feed
     bench.metadata(4)
     bench.reactor.advance(1)
     assert bench.published() == [[4]]
-    assert bench.stats.unpublished == {"not taken by OCS": 3}
+    assert bench.health.counters.unpublished == {"not taken by OCS": 3}
 
 
 def test_what_lies_in_the_buffers_gets_the_type_of_its_field(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from socs_monitor.feeds.statistics import FIELDS, INTERVAL_S, MAX_STREAMS, StatsFeed, numbers
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from tests.unit.feeds.test_forwarding import Agent
 
 NO_COUNTS: Counter[str] = Counter()
@@ -17,7 +17,7 @@ NO_COUNTS: Counter[str] = Counter()
 def session_data() -> dict[str, Any]:
     """Session data of which no two numbers are the same."""
     return {
-        **Stats(lambda _level, _line: None).data(NO_COUNTS),
+        **Health(lambda _level, _line: None).data(NO_COUNTS),
         "degraded": {},
         "datagrams": {"total": 1042, "bytes": 331811, "by_type": {}},
         "malformed": {"empty": 2, "not JSON": 3},

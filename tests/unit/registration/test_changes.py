@@ -42,7 +42,7 @@ def test_a_file_that_changes_is_one_file_of_its_stream(chain: Chain, clock: Cloc
     clock.advance(SETTLE_S)
     chain.step()
     assert chain.sums() == {"a.dat": new}
-    assert list(chain.stats.streams.files().values()) == [1]
+    assert list(chain.health.counters.streams.files().values()) == [1]
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -34,7 +34,7 @@ def test_one_bad_row_does_not_hold_up_the_others(chain: Chain, clock: Clock) -> 
     ((name, reason, refused),) = chain.dead_letters()
     assert (name, refused) == ("bad.dat", True)
     assert "it is bad" in reason
-    assert not chain.stats.degraded
+    assert not bool(chain.health.conditions)
 
     execute(chain.db_path, "DROP TRIGGER bad")
     chain.registrar.retry()
@@ -54,7 +54,7 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
         chain.write(name, name.encode())
         chain.accept(name)
         clock.advance(10)
-        reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        reason = chain.health.data(chain.spool.counts)["degraded"]["database"]
         assert "another process holds the write lock" in reason
         assert chain.counts()["pending"] == len(chain.waits) + 1
 
@@ -69,8 +69,8 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
         "first.dat": md5(b"first"),
         **{name: md5(name.encode()) for name in names},
     }
-    assert not chain.stats.degraded
-    assert chain.stats.writes.errors == 12
+    assert not bool(chain.health.conditions)
+    assert chain.health.counters.writes.errors == 12
     assert [level for level, _ in chain.said[said:]] == ["error", "info", "info"], chain.said[said:]
 
 
@@ -113,7 +113,7 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
         sync(journal)
 
     def reason_is_shown() -> bool:
-        reason = chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        reason = chain.health.data(chain.spool.counts)["degraded"]["database"]
         assert "cannot be synced: [Errno 5] Input/output error; the disk fails or is full" in reason
         return True
 
@@ -128,7 +128,7 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
 
     assert held == [{"received": 1, "registered": 1}] * 2
     assert chain.counts() == {"received": 1, "settled": 1}
-    assert not chain.stats.degraded
+    assert not bool(chain.health.conditions)
 
 
 def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clock: Clock) -> None:
@@ -136,7 +136,7 @@ def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clo
         assert chain.sums() == {"a.dat": sum_}
         assert chain.counts() == {"received": 1, "pending": 1}
         chain.accept("b.dat")  # finds the spool locked
-        assert set(chain.stats.data(chain.spool.counts)["degraded"]) == {"spool", "spool_update"}
+        assert set(chain.health.data(chain.spool.counts)["degraded"]) == {"spool", "spool_update"}
 
     sum_ = chain.write("a.dat", b"a")
     chain.accept("a.dat")
@@ -146,7 +146,7 @@ def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clo
     clock.advance(SETTLE_S)
     chain.step()
 
-    assert not chain.stats.degraded
+    assert not bool(chain.health.conditions)
     assert chain.counts() == {"received": 2, "settled": 1, "waiting": 1}
     assert chain.sums() == {"a.dat": sum_}
 
@@ -166,7 +166,7 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, garbage: byt
     chain.accept("1.dat")
 
     def restore() -> bool:
-        assert "no SQLite database" in chain.stats.data(chain.spool.counts)["degraded"]["database"]
+        assert "no SQLite database" in chain.health.data(chain.spool.counts)["degraded"]["database"]
         assert chain.db_path.read_bytes() == garbage
         if len(chain.waits) == 3:
             chain.db_path.unlink()
@@ -176,7 +176,7 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, garbage: byt
     chain.locked = restore
     chain.step()
     assert chain.sums() == {"0.dat": md5(b"0"), "1.dat": sum_}
-    assert not chain.stats.degraded
+    assert not bool(chain.health.conditions)
 
 
 def move_database_away(chain: Chain) -> None:

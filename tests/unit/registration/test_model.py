@@ -370,7 +370,7 @@ class Machine(RuleBasedStateMachine):
             self.chain.hash_large()
             self.clock.advance(SETTLE_S)
             busy = sum(self.chain.spool.counts[state] for state in ("pending", "waiting", "registered"))
-            if not busy and not self.chain.stats.degraded:
+            if not busy and not self.chain.health.conditions:
                 self.watched.clear()
                 return
         raise AssertionError(f"never quiet: {self.chain.spool.counts}, {self.chain.said[-5:]}")

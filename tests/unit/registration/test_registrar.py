@@ -250,7 +250,7 @@ def test_a_file_counts_once_however_often_the_process_starts(chain: Chain, clock
         chain.registrar.begin()
         chain.step()
 
-    streams = chain.stats.data(chain.spool.counts)["streams"]
+    streams = chain.health.data(chain.spool.counts)["streams"]
     assert streams["crate1slot2"]["files_today"] == 1
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socs_monitor.health.stats import Stats
+from socs_monitor.health.health import Health
 from socs_monitor.registration import lookup
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
@@ -51,10 +51,10 @@ class Front:
         self.open()
 
     def open(self) -> None:
-        self.stats = Stats(lambda level, text: self.said.append((level, text)))
+        self.health = Health(lambda level, text: self.said.append((level, text)))
         self.spool = Spool(
             str(self.path),
-            self.stats.reporter("warn", "spool"),
+            self.health.log.reporter("warn", "spool"),
             self.limits.get("max_bytes", 1 << 30),
             reserve=0,
             busy_timeout=0.0,
@@ -63,7 +63,7 @@ class Front:
         self.intake = Intake(
             self.spool,
             self.queue,
-            self.stats,
+            self.health,
             self.clock,
             self.clock.monotonic,
             inbox_max=self.limits.get("inbox_max", 1 << 24),
@@ -260,11 +260,11 @@ def test_what_the_spool_cannot_take_is_kept_in_memory_until_it_can(front: Front)
     with write_lock(front.path):
         front.put(1)
         front.put(2)
-        assert front.stats.degraded
+        assert bool(front.health.conditions)
         assert [number_of(item) for item in front.queue.queue] == [0], "what is not on the disk was on the queue"
     front.put(3)
 
-    assert not front.stats.degraded
+    assert not bool(front.health.conditions)
     assert front.stored() == front.take() == [0, 1, 2, 3]
     assert [("kept in memory" in line, "can be written again" in line) for _, line in front.said] == [
         (True, False),
@@ -280,13 +280,13 @@ def test_what_is_kept_in_memory_has_a_limit(make_front: Callable[..., Front]) ->
             front.put(number)
             overloaded.append(front.intake.overloaded)
     assert overloaded == [False, True, True, True, True, True]
-    assert front.stats.refused == {"spool": 2}
+    assert front.health.counters.refused == {"spool": 2}
     assert len(front.texts("degraded")) == 2, "the spool, and the intake once"
     front.intake.flush()
 
     assert front.take() == [0, 1, 2, 3]
     assert not front.intake.overloaded
-    assert not front.stats.degraded
+    assert not bool(front.health.conditions)
 
 
 NUMBERS = {f"field {number}": number * 1e9 for number in range(40)}
@@ -320,7 +320,7 @@ def test_registrations_take_no_more_memory_than_the_limit(
     tracemalloc.start()
     try:
         with lock:
-            while not (front.stats.refused["spool"] or front.spool.counts["received"] > front.queue.qsize()):
+            while not (front.health.counters.refused["spool"] or front.spool.counts["received"] > front.queue.qsize()):
                 put()
             used, _ = tracemalloc.get_traced_memory()
     finally:
@@ -351,11 +351,11 @@ def test_the_writers_thread_goes_on_when_the_spool_works_again(front: Front) -> 
     front.intake.start()
     with write_lock(front.path):
         front.put(0)
-        wait_until(lambda: front.stats.degraded, 5, "the writer has met the lock")
+        wait_until(lambda: bool(front.health.conditions), 5, "the writer has met the lock")
         front.put(1)
 
     wait_until(lambda: front.stored() == [0, 1], 5, "the writer has written both")
-    wait_until(lambda: not front.stats.degraded, 5, "all is well")
+    wait_until(lambda: not bool(front.health.conditions), 5, "all is well")
 
 
 def test_the_writers_thread_keeps_the_order_of_many(make_front: Callable[..., Front]) -> None:
