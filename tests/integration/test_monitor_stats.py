@@ -252,7 +252,7 @@ def test_every_line_of_the_log_is_an_event(agent: StartAgent, tmp_path: Path) ->
             monitor.wait_log("event=degraded")
     monitor.wait_log("event=recovered")
     monitor.wait_log("event=messages_lost")
-    monitor.wait_log("event=given_up")
+    monitor.wait_log("event=file_missing")
     Path(sent[0]).write_text("another")
     client.list_failed()
     client.retry_failed()
