@@ -294,7 +294,7 @@ def test_start_work_and_stop_log_neither_trouble_nor_warning(agent: StartAgent, 
 
 
 def test_sql_statements_are_logged_on_request_only(agent: StartAgent, tmp_path: Path) -> None:
-    silent, echoing = agent(), agent(options=[["--echo-sql"]])
+    silent, echoing = agent(), agent(options=[["--echo-sql"]], instance="echoing")
     for monitor in (silent, echoing):
         wait_registered(monitor, announce(monitor, tmp_path / "data", 1))
 
