@@ -232,7 +232,7 @@ def check(monitor: Agent, suprsyncs: Sequence[SupRsync], load: Soak) -> None:
     left = spooled(spool_of(monitor))
     lost = {path.removesuffix(".npy") for path in left} - {path.removesuffix(".npy") for path in load.sums}
     assert not lost, f"in the spool only: {sorted(lost)[:3]}"
-    assert set(left.values()) <= {"pending", "waiting"}, Counter(left.values())
+    assert set(left.values()) <= {"pending", "waiting", "registered"}, Counter(left.values())
     for row in rows(monitor.db_path):
         base = next(process.base for process in suprsyncs if process.archive == row["archive_name"])
         content = (base / row["remote_path"]).read_bytes()
