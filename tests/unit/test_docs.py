@@ -67,7 +67,7 @@ def test_each_field_of_the_statistics_is_documented() -> None:
 def test_each_alarm_is_documented() -> None:
     rules = yaml.safe_load((ROOT / "docker/grafana/provisioning/alerting/rules.yaml").read_text())
     documented = re.findall(
-        r"^PysmurfMonitor.*?(?=  )", section("operations/monitoring.rst", "Dashboard and alarms"), re.M
+        r"^PysmurfMonitor.*?(?=  )", section("operations/monitoring.rst", "Dashboard and alerts"), re.M
     )
     assert sorted(documented) == sorted(rule["title"] for group in rules["groups"] for rule in group["rules"])
 
