@@ -149,7 +149,7 @@ def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
     thread = threading.Thread(target=lambda: monitor.run(session))
     thread.start()
     wait_until(lambda: monitor._health.conditions, 10, "it is degraded")
-    monitor._show()
+    monitor._update_session()
     assert session.degraded is True
     assert "--create-table" in session.data["degraded"]["database"]
 
@@ -337,9 +337,9 @@ def test_what_senders_lost_is_in_the_session_data(monitor: PysmurfMonitor, publi
             monitor.datagramReceived(datagram, ADDRESS)
     monitor.run(session, {"test_mode": True})
     assert session.data["lost"]["gaps"] == 0
-    monitor._report.look()
+    monitor._report.update()
     assert session.data["lost"]["gaps"] == 0, "it may still come"
-    wait_until(lambda: monitor._look() or session.data["lost"]["gaps"] == 1, 5, "the gap is told")
+    wait_until(lambda: monitor._update() or session.data["lost"]["gaps"] == 1, 5, "the gap is told")
 
     assert session.data["malformed"] == {"wrong or missing field": 1}
     assert session.degraded is True

@@ -34,10 +34,14 @@ def section(page: str, title: str) -> str:
 
 
 def conditions_of_code() -> Iterator[str]:
-    """Every condition that some code notes, by the first argument of ``trouble`` or ``alarm``."""
+    """Every condition in the code: the first argument of the methods that begin one."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("set_condition", "set_condition_for"):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                "set_condition",
+                "set_condition_for",
+                "evaluate",
+            ):
                 condition = node.args[0]
                 assert isinstance(condition, ast.Constant), f"{path.name}:{node.lineno}: say the condition there"
                 yield str(condition.value)

@@ -154,7 +154,7 @@ def test_with_nothing_to_read_it_returns(bench: Bench) -> None:
 
 @pytest.mark.parametrize("datagram", [b"", b"x"], ids=["empty", "tiny"])
 def test_a_flood_leaves_the_reactor_time_for_others(bench: Bench, datagram: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr(udp, "_AT_A_TIME", 10)
+    monkeypatch.setattr(udp, "_BATCH", 10)
     bench.send(*[datagram] * 25)
 
     assert [len(bench.read()) for _ in range(4)] == [10, 10, 5, 0]
@@ -203,7 +203,7 @@ def test_closing_the_port_reads_first_what_has_arrived(bench: Bench) -> None:
 
 
 def test_drain_reads_all_that_has_arrived(bench: Bench, monkeypatch: Any) -> None:
-    monkeypatch.setattr(udp, "_AT_A_TIME", 10)
+    monkeypatch.setattr(udp, "_BATCH", 10)
     bench.send(*[b"x"] * 35)
     bench.receiver.drain()
 
@@ -275,7 +275,7 @@ def test_an_error_at_one_datagram_is_told_and_the_others_are_delivered(bench: Be
     bench.reactor.advance(udp.GATHER_S)
     assert (bench.receiver.rebinds, bench.reactor.readers) == (0, {bench.receiver})
     (said,) = bench.said
-    assert "unforeseen error at a datagram from 127.0.0.1" in said
+    assert "Unexpected error while processing a datagram from 127.0.0.1" in said
     assert "never thought of" in said
 
 
