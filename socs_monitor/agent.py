@@ -8,37 +8,30 @@ messages and metadata. `Intake.put` takes registrations: they go to the spool, t
 from __future__ import annotations
 
 import argparse
-import atexit
 import functools
 import gc
-import ipaddress
-import os
 import signal
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import txaio
 from ocs import ocs_agent
 from twisted.internet import reactor as _reactor
 from twisted.internet import threads
-from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import DatagramProtocol
-from twisted.internet.task import LoopingCall
 
 from socs_monitor.completeness.caretaker import Caretaker
 from socs_monitor.feeds.forwarding import Feeds
 from socs_monitor.feeds.statistics import INTERVAL_S, StatsFeed
 from socs_monitor.health.health import Health
 from socs_monitor.health.logpipe import LogPipe
+from socs_monitor.process import LOG_LEVEL, end_sessions, repeat, start_log, watch_shutdown
 from socs_monitor.registration.registrar import Registrar
 from socs_monitor.registration.workers import start_thread
 from socs_monitor.report import Report
-from socs_monitor.settings import Network, Settings, make_parser, parse_args
+from socs_monitor.settings import Settings, make_parser, parse_args, sender_filter
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
 from socs_monitor.spool.store import Incoming, Spool
@@ -54,19 +47,11 @@ __all__ = ["PysmurfMonitor", "create_remote_path", "main", "make_parser"]
 
 reactor: Any = _reactor  # a module to the type checker
 
-_LOG_LEVEL = os.environ.get("LOGLEVEL", "info")  # as in every OCS agent
-
 # Seconds between two updates of session.data.
 _UPDATE_S = 1.0
 
 # Seconds after which `run` continues after an unexpected error.
 _RESTART_S = 5.0
-
-# Seconds for which operations may take to stop at the end of the process.
-_END_S = 3.0
-
-# Seconds after which the process ends itself if a system call hangs. Docker kills it after 10 s.
-_WATCHDOG_S = 5.0
 
 
 class PysmurfMonitor(DatagramProtocol):
@@ -107,7 +92,7 @@ class PysmurfMonitor(DatagramProtocol):
         self._health = Health(self._write_log)
         self._sequences = Sequences()
         self._feeds = Feeds(agent, self._health)
-        self._is_allowed = _membership(settings.allow_sender)
+        self._is_allowed = sender_filter(settings.allow_sender)
 
     # The spool is opened when it is first needed: constructing a monitor by hand does not touch the disk.
 
@@ -123,7 +108,7 @@ class PysmurfMonitor(DatagramProtocol):
     @functools.cached_property
     def _registrar(self) -> Registrar:
         database = self._database(self._settings.create_table)
-        debug = functools.partial(self._write_log, "debug") if _LOG_LEVEL in ("debug", "trace") else None
+        debug = functools.partial(self._write_log, "debug") if LOG_LEVEL in ("debug", "trace") else None
         policy = self._settings.policy
         return Registrar(self._intake, self.file_queue, self._spool, database, self._health, policy, debug)
 
@@ -151,16 +136,17 @@ class PysmurfMonitor(DatagramProtocol):
         self._receiver = self._report.receiver = self._listen()
         self._feeds.start(reactor)
         stats_feed = StatsFeed(self.agent, self._report.data, self._health.counters.streams.files)
-        self._repeat(_UPDATE_S, self._update)
-        self._repeat(INTERVAL_S, stats_feed.publish)
+        repeat(_UPDATE_S, self._update, self._health)
+        repeat(INTERVAL_S, stats_feed.publish, self._health)
+        watch = functools.partial(watch_shutdown, self._intake, self._health, log)
         for phase, work in (
-            ("before", lambda: start_thread(self._watch_shutdown, "watchdog")),
+            ("before", lambda: start_thread(watch, "watchdog")),
             # OCS leaves the router in a later trigger, so these messages are still sent
             ("before", self._feeds.flush),
             ("before", stats_feed.publish),
             # without a router OCS stops no session: the reactor would wait for the thread of `run`, and forever if
             # that is just starting, because it then waits for the reactor
-            ("before", functools.partial(_end_sessions, self.agent)),
+            ("before", functools.partial(end_sessions, self.agent)),
             ("after", self._receiver.drain),
             ("after", self._intake.close),
         ):
@@ -169,10 +155,7 @@ class PysmurfMonitor(DatagramProtocol):
     def _listen(self) -> Receiver:
         settings = self._settings
         receiver = Receiver(
-            settings.udp_port,
-            self,
-            settings.udp_host,
-            reactor,
+            *(settings.udp_port, self, settings.udp_host, reactor),
             buffer=settings.udp_buffer,
             report=self._health.log.log_throttled,
             after_read=self._intake.commit,
@@ -356,34 +339,6 @@ class PysmurfMonitor(DatagramProtocol):
             session.set_status("stopping")
         return True, "Done monitoring."
 
-    def _watch_shutdown(self) -> None:
-        """End the process if a hung disk keeps it from ending, once no registrations are being written any more."""
-        seconds = _WATCHDOG_S
-        while True:
-            written = self._intake.written
-            time.sleep(seconds)
-            if self._intake.written == written:
-                break
-            seconds = 1.0
-        self._intake.log_unwritten()
-        text = "The agent did not stop in time because a disk hangs. It was ended. Registrations in the spool are safe"
-        self._health.log.log("error", "internal_error", text)
-        if self._report.log is not None:
-            self._report.log.close()
-        os._exit(1)
-
-    def _repeat(self, seconds: float, work: Callable[[], None]) -> None:
-        """Call `work` at regular intervals, even after it failed."""
-
-        def guarded() -> None:
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001 (Twisted would stop calling it, and nobody would notice)
-                text = f"Unexpected error: {error!r}. Please report it"
-                self._health.log.log_throttled("error", "internal_error", text, traceback=traceback.format_exc())
-
-        LoopingCall(guarded).start(seconds)
-
     def _update(self) -> None:
         self._report.update()
         self._update_session()
@@ -397,52 +352,15 @@ class PysmurfMonitor(DatagramProtocol):
         getattr(self.log, level)("{line}", line=line)
 
 
-def _membership(networks: Sequence[Network]) -> Callable[[str], bool]:
-    """Return a function that tells whether an address is in one of `networks`; without networks, every address is."""
-    if not networks:
-        return lambda _: True
-
-    @functools.lru_cache(maxsize=4096)
-    def is_member(host: str) -> bool:
-        address = ipaddress.ip_address(host)
-        address = getattr(address, "ipv4_mapped", None) or address  # an IPv6 socket shows IPv4 senders like this
-        return any(address in network for network in networks)
-
-    return is_member
-
-
-def _end_sessions(agent: Any) -> Deferred[Any]:
-    """Stop all operations and wait until they have ended, at most `_END_S` seconds.
-
-    Replaces OCS's own method, which always waits three seconds, and is called twice.
-    """
-    running = [session for session in agent.sessions.values() if session is not None and session.status != "done"]
-    for session in running:
-        if session.status != "stopping":
-            (agent.stop if session.op_name in agent.processes else agent.abort)(session.op_name, password=agent)
-    return DeferredList([agent.wait(session.op_name, timeout=_END_S) for session in running])
-
-
-def _start_log() -> LogPipe | None:
-    """Start logging to standard output, if there is one."""
-    log = None
-    if sys.stdout is not None:
-        sys.stdout.flush()
-        log = LogPipe(sys.stdout.fileno())
-        atexit.register(log.close)
-    txaio.start_logging(out=log, level=_LOG_LEVEL)  # type: ignore[attr-defined]
-    return log
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the agent: the entry point for ``ocs-agent-cli`` and for ``python3 socs_monitor/agent.py``."""
     reactor.seconds = time.monotonic  # Twisted's timers follow the wall clock, and stop while it is set back
     # until the reactor installs its own handler; an exception could be caught by whatever is just running
     signal.signal(signal.SIGTERM, lambda *_: reactor.callWhenRunning(reactor.stop))
     parsed = parse_args(args)  # before logging starts, so that --help and errors look like any command's
-    log = _start_log()
+    log = start_log()
     agent, runner = ocs_agent.init_site_agent(parsed)
-    agent._stop_all_running_sessions = functools.partial(_end_sessions, agent)
+    agent._stop_all_running_sessions = functools.partial(end_sessions, agent)
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
     try:
