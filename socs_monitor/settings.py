@@ -213,14 +213,11 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
     parsed: argparse.Namespace = site_config.parse_args(agent_class=AGENT_CLASS, parser=parser, args=args)
     _, host, instance = site_config.get_config(parsed, AGENT_CLASS)
-    given = sys.argv[1:] if args is None else args
-    in_site_config = [str(word) for word in _words(instance.arguments)]
-
-    def repeated(option: str) -> list[str]:
-        return _values_of(given, option) or _values_of(in_site_config, option)
-
-    parsed.data_root = repeated("--data-root")
-    parsed.allow_sender = [_network(value) for value in repeated("--allow-sender")]
+    # OCS keeps only the last --data-root and --allow-sender, so the agent's own parser reads both sources again
+    by_command, _ = make_parser().parse_known_args(sys.argv[1:] if args is None else args)
+    by_site, _ = make_parser().parse_known_args([str(word) for word in _words(instance.arguments)])
+    parsed.data_root = by_command.data_root or by_site.data_root
+    parsed.allow_sender = by_command.allow_sender or by_site.allow_sender
     if parsed.crossbar_timeout == _NOT_GIVEN:
         # with OCS's default the agent would exit 10 s after losing the router, but registration does not need one
         parsed.crossbar_timeout = host.data.get("crossbar_timeout", _WAIT_FOREVER)
@@ -228,19 +225,5 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
 
 
 def _words(argument: object) -> list[object]:
+    """Flatten a site config's arguments, which may be nested lists."""
     return [word for part in argument for word in _words(part)] if isinstance(argument, list) else [argument]
-
-
-def _values_of(words: Sequence[str], option: str) -> list[str]:
-    """Return the values of every `option` in a command line. OCS keeps only those of the last one."""
-    values: list[str] = []
-    is_open = False
-    for word in words:
-        if word.startswith("--"):
-            name, given, value = word.partition("=")
-            is_open = len(name) > 2 and option.startswith(name)  # argparse accepts abbreviations
-            if is_open and given:
-                values.append(value)
-        elif is_open:
-            values.append(word)
-    return values

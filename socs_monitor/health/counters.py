@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 
 from socs_monitor.health.activity import StreamActivity, WriteTimes
 
 
 class Counters:
     """The counters. Safe to update from any thread.
-
-    Args:
-        clock: Returns unix time.
-        monotonic: Returns seconds of CLOCK_MONOTONIC.
 
     Attributes:
         datagrams (Counter): Number of datagrams by message type.
@@ -27,18 +21,12 @@ class Counters:
         writes (WriteTimes): How long database commits take.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, streams: StreamActivity, writes: WriteTimes) -> None:
         self.datagrams: Counter[str] = Counter()
         self.bytes = 0
         self.malformed: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.unpublished: Counter[str] = Counter()
         self.last: tuple[str, float | None] = ("", None)
-        self.streams = StreamActivity(clock, monotonic)
-        self.writes = WriteTimes(monotonic)
-
-    def count_registered(self, publishers: Iterable[str], path: str) -> None:
-        """Count a committed batch: the publisher id of each new or changed file, and the path of the last one."""
-        self.last = (path, self._clock())
-        self.streams.registered(publishers)
+        self.streams = streams
+        self.writes = writes

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from socs_monitor.health.activity import StreamActivity, WriteTimes
 from socs_monitor.health.conditions import Conditions
 from socs_monitor.health.counters import Counters
 from socs_monitor.health.log import MAX_TEXT, Log
@@ -36,7 +37,7 @@ class Health:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self.counters = Counters(clock, monotonic)
+        self.counters = Counters(StreamActivity(clock, monotonic), WriteTimes(monotonic))
         self.log = Log(write, clock, monotonic)
         self.conditions = Conditions(self.log, monotonic)
 
@@ -48,7 +49,8 @@ class Health:
             publishers: Publisher id of each file that is new or changed.
             path: The last file.
         """
-        self.counters.count_registered(publishers, path)
+        self.counters.last = (path, self._clock())
+        self.counters.streams.registered(publishers)
 
         def text(count: int) -> str:
             return f"Registered {plural(count, 'file')}"

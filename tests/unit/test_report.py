@@ -111,7 +111,7 @@ def test_before_there_is_a_port_nobody_listens(bench: Bench) -> None:
     assert data["degraded"] == {}
 
 
-def test_a_gap_is_told_with_all_that_is_known_and_degrades_for_five_minutes(bench: Bench, clock: Clock) -> None:
+def test_lost_messages_are_reported_and_degrade_for_five_minutes(bench: Bench, clock: Clock) -> None:
     bench.arrive(0, 4)
     seen = clock.now
     assert bench.degraded() == {}, "they may still come"
@@ -130,7 +130,7 @@ def test_a_gap_is_told_with_all_that_is_known_and_degrades_for_five_minutes(benc
     assert bench.degraded(1) == {}
 
 
-def test_any_number_of_gaps_is_a_line_a_minute(bench: Bench) -> None:
+def test_any_number_of_losses_is_one_line_per_minute(bench: Bench) -> None:
     for number in range(0, 200, 2):
         bench.arrive(number)
         bench.look(GRACE_S / 2)
@@ -141,7 +141,7 @@ def test_any_number_of_gaps_is_a_line_a_minute(bench: Bench) -> None:
     assert "more like this in the last 60 s" in bench.lines("messages_lost")[-1][1]
 
 
-def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
+def test_kernel_drops_degrade_for_five_minutes(bench: Bench) -> None:
     assert bench.degraded() == {}
     dropped = overflow(bench.port)
     data = bench.look()
@@ -151,13 +151,17 @@ def test_what_the_kernel_drops_degrades_for_five_minutes(bench: Bench) -> None:
     assert reason.startswith(f"The kernel dropped {dropped} datagrams")
     assert reason.endswith("Run: socs-monitor backfill ROOT")
     assert [level for level, _ in bench.lines("kernel_drops")] == ["warn"]
+    bench.port.receiver.asked = 2 * ASKED
+    overflow(bench.port)
+    assert bench.degraded()["kernel_drops"].endswith(f"Run: sysctl -w net.core.rmem_max={2 * ASKED}")
+    dropped = bench.look()["lost"]["kernel"]
     assert bench.degraded(LOSS_S - 1)
     assert bench.degraded(1) == {}
     assert bench.look()["lost"]["kernel"] == dropped
 
 
 @twisted_lets_go_of_it
-def test_a_port_that_is_lost_degrades_until_it_is_bound_again(bench: Bench) -> None:
+def test_a_lost_port_degrades_until_it_is_bound_again(bench: Bench) -> None:
     bench.port.break_socket(OSError(errno.EIO, "broken"))
     bench.port.receiver.socket._real.close()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
@@ -173,9 +177,7 @@ def test_a_port_that_is_lost_degrades_until_it_is_bound_again(bench: Bench) -> N
     assert (data["degraded"], data["socket"]["rebinds"]) == ({}, 1)
 
 
-def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_its_row(
-    bench: Bench, clock: Clock
-) -> None:
+def test_a_backlog_of_more_than_a_minute_degrades_until_the_row_is_written(bench: Bench, clock: Clock) -> None:
     with contextlib.ExitStack() as lock:
 
         def locked() -> bool:
@@ -197,7 +199,7 @@ def test_a_registration_that_waits_for_more_than_a_minute_degrades_until_it_has_
     assert bench.degraded() == {}
 
 
-def test_what_a_stopped_agent_left_behind_has_a_minute_from_the_start(bench: Bench, clock: Clock) -> None:
+def test_what_a_stopped_agent_left_is_a_backlog_a_minute_after_the_start(bench: Bench, clock: Clock) -> None:
     bench.chain.accept("x")
     clock.advance(10_000)
     bench.chain.reopen()
@@ -210,7 +212,7 @@ def test_what_a_stopped_agent_left_behind_has_a_minute_from_the_start(bench: Ben
     assert set(bench.degraded(1)) == {"backlog"}
 
 
-def test_a_spool_that_is_nearly_full_degrades_until_it_has_room(bench: Bench, clock: Clock) -> None:
+def test_a_nearly_full_spool_degrades_until_it_has_room(bench: Bench, clock: Clock) -> None:
     spool = bench.chain.spool
     bench.chain.accept("x", filler="x" * 100_000)
     bench.chain.write("x", b"x")
@@ -227,9 +229,7 @@ def test_a_spool_that_is_nearly_full_degrades_until_it_has_room(bench: Bench, cl
     assert bench.degraded() == {}
 
 
-def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_does_not(
-    bench: Bench, clock: Clock
-) -> None:
+def test_a_missing_file_degrades_for_an_hour_and_a_refused_one_does_not(bench: Bench, clock: Clock) -> None:
     bench.chain.accept("x", action="..")
     bench.chain.step()
     assert bench.look()["files"]["dead"] == 1
@@ -269,14 +269,14 @@ def test_dropped_lines_of_the_log_are_reported_when_it_is_read_again(bench: Benc
     assert text.endswith(" | event=log_dropped lines=10")
 
 
-def test_an_idle_agent_says_nothing(bench: Bench) -> None:
+def test_an_idle_agent_logs_nothing(bench: Bench) -> None:
     for _ in range(1000):
         bench.look(1)
 
     assert bench.chain.said == []
 
 
-def test_dead_letters_that_have_no_room_are_a_line_a_minute(bench: Bench) -> None:
+def test_discarded_dead_letters_are_one_line_per_minute(bench: Bench) -> None:
     bench.port.close()
     bench.chain.limits["max_dead"] = 2
     bench.chain.reopen()
