@@ -140,7 +140,7 @@ class PysmurfMonitor(DatagramProtocol):
         repeat(INTERVAL_S, stats_feed.publish, self._health)
         watch = functools.partial(watch_shutdown, self._intake, self._health, log)
         for phase, work in (
-            ("before", lambda: start_thread(watch, "watchdog")),
+            ("before", functools.partial(start_thread, watch, "watchdog")),
             # OCS leaves the router in a later trigger, so these messages are still sent
             ("before", self._feeds.flush),
             ("before", stats_feed.publish),
@@ -155,7 +155,10 @@ class PysmurfMonitor(DatagramProtocol):
     def _listen(self) -> Receiver:
         settings = self._settings
         receiver = Receiver(
-            *(settings.udp_port, self, settings.udp_host, reactor),
+            settings.udp_port,
+            self,
+            settings.udp_host,
+            reactor,
             buffer=settings.udp_buffer,
             report=self._health.log.log_throttled,
             after_read=self._intake.commit,
@@ -283,7 +286,9 @@ class PysmurfMonitor(DatagramProtocol):
         self._update_session()
         try:
             if once:
-                self._receive_all()
+                if self._receiver is not None:  # the kernel may still hold datagrams
+                    threads.blockingCallFromThread(reactor, self._receiver.drain)
+                self._intake.flush()
                 self._registrar.run(once=True)
             else:
                 caretaker = Caretaker(self._database(False), self._registrar.hash_file, self._health)
@@ -322,12 +327,6 @@ class PysmurfMonitor(DatagramProtocol):
                 self._health.conditions.set_condition("internal_error", reason, traceback=traceback.format_exc())
                 self._registrar.sleep(_RESTART_S)
                 self._health.conditions.clear_condition("internal_error", "run continues after an unexpected error")
-
-    def _receive_all(self) -> None:
-        """Put everything that was sent so far on the queue, including what the kernel still holds."""
-        if self._receiver is not None:
-            threads.blockingCallFromThread(reactor, self._receiver.drain)
-        self._intake.flush()
 
     def _stop(self, session: Any, params: Any = None) -> tuple[bool, str]:
         """Stop the process ``run``. Unfinished registrations stay in the spool."""

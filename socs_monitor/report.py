@@ -76,7 +76,7 @@ class Report:
 
     def _report_losses(self) -> None:
         for loss in self._sequences.settle():
-            when = datetime.fromtimestamp(loss.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            when = datetime.fromtimestamp(loss.last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             text = (
                 f"Lost {plural(loss.lost, 'message')} from {loss.id} ({loss.sender}) at {when}. UDP cannot resend them."
                 " Register the timestream files that they announced. Run: socs-monitor backfill ROOT"
@@ -164,10 +164,7 @@ class Report:
             "gaps": self._sequences.lost,
             "kernel": receiver.dropped if receiver else 0,
             "reordered": self._sequences.reordered,
-            "senders": [
-                {"sender": loss.sender, "id": loss.id, "script": loss.script, "lost": loss.lost, "last": loss.time}
-                for loss in self._sequences.latest()
-            ],
+            "senders": [loss._asdict() for loss in self._sequences.latest()],
         }
         return {
             **self._health.data(counts),

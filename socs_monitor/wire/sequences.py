@@ -42,14 +42,14 @@ class Loss(NamedTuple):
         id: Publisher id.
         script: Script id.
         lost: Number of messages.
-        time: When the gap was noticed, in unix time.
+        last: When the latest of them was noticed to be missing, in unix time.
     """
 
     sender: str
     id: str
     script: str
     lost: int
-    time: float
+    last: float
 
 
 class _Range:

@@ -71,7 +71,7 @@ def test_a_loss_is_reported_once_with_sender_number_and_time(bench: Bench) -> No
     bench.arrive([8])
     bench.clock.advance(GRACE_S)
     assert [loss.lost for loss in bench.settle()] == [2]
-    assert [(loss.lost, loss.time) for loss in bench.latest()] == [(5, seen + GRACE_S)]
+    assert [(loss.lost, loss.last) for loss in bench.latest()] == [(5, seen + GRACE_S)]
 
 
 def test_a_late_message_is_no_loss(bench: Bench) -> None:
