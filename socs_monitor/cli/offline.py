@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from socs_monitor.report import OLDEST_S
+from socs_monitor.report import BACKLOG_S
 from socs_monitor.settings import Settings
 from socs_monitor.spool import file
 from socs_monitor.spool.states import State
@@ -55,7 +55,7 @@ def look(settings: Settings, now: float) -> tuple[bool, dict[str, Any]]:
             oldest = spool.execute(
                 "SELECT received FROM registrations WHERE state = 'pending' ORDER BY id LIMIT 1"
             ).fetchone()
-            if oldest is not None and now - oldest[0] > OLDEST_S:
+            if oldest is not None and now - oldest[0] > BACKLOG_S:
                 degraded["backlog"] = f"a registration has waited for its row for {now - oldest[0]:.0f} s"
         except (sqlite3.Error, OSError) as error:
             degraded["spool"] = f"the spool {path} cannot be read: {error}"

@@ -47,7 +47,7 @@ from socs_monitor.spool.store import Due, Registration, Spool, Transition
 from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
-from socs_monitor.wire.messages import brief
+from socs_monitor.wire.text import sanitize
 
 T = TypeVar("T")
 
@@ -274,9 +274,9 @@ class Registrar:
     def _culprit(self, result: Result, reason: str) -> list[Transition]:
         if isinstance(result, (Recheck, Rechecked)):
             due = self._monotonic() + lookup.RECHECK_MAX_S
-            return [Transition(State.REGISTERED, Event.UNREADABLE, [result.id], due, brief(reason))]
+            return [Transition(State.REGISTERED, Event.UNREADABLE, [result.id], due, sanitize(reason))]
         ids = result.ids if isinstance(result, (HashedLarge, FailedLarge)) else [result.registration.id]
-        return [Transition(State.PENDING, Event.GIVEN_UP, ids, reason=brief(reason))]
+        return [Transition(State.PENDING, Event.GIVEN_UP, ids, reason=sanitize(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
         transitions: list[Transition] = []
@@ -314,7 +314,7 @@ class Registrar:
                 try:
                     entry = lookup.entry_at(registration, result.path)
                 except ArchiveError as error:
-                    failed.append(Failed(registration, brief(str(error)), refused=True))
+                    failed.append(Failed(registration, sanitize(str(error)), refused=True))
                 else:
                     hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
 
@@ -326,7 +326,7 @@ class Registrar:
                 registrations.append(lookup.parse(row))
             except Exception as error:  # noqa: BLE001 (whatever is in the spool, it must not stop the others)
                 unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
-                failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
+                failed.append(Failed(unknown, sanitize(f"it cannot be parsed: {error}"), refused=True))
         return registrations
 
     def _register(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Failed]:
@@ -361,7 +361,7 @@ class Registrar:
             for one, (changed, refusal) in zip(written, outcomes, strict=True):
                 registration = one.registration
                 if refusal is not None:
-                    refused.append(Failed(registration, brief(refusal), refused=True))
+                    refused.append(Failed(registration, sanitize(refusal), refused=True))
                     if one.file.entry.local_path in self._latest:  # the new content does not belong to the earlier key
                         self._latest[one.file.entry.local_path] = registration.id
                     continue
@@ -460,7 +460,7 @@ class Registrar:
             known = self._have_rows([failure.registration for failure in failed])
         except DatabaseUnavailableError as error:
             due = self._monotonic() + lookup.RETRY_MAX_S
-            reason = brief(f"{failed[0].reason}; {error}")
+            reason = sanitize(f"{failed[0].reason}; {error}")
             return [Transition(State.PENDING, Event.FAILED, [one.registration.id for one in failed], due, reason)]
         for registration, reason, *_ in failed:
             if registration.id in known:

@@ -38,7 +38,7 @@ from socs_monitor.spool.store import Registration
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.upsert import HashedFile
-from socs_monitor.wire.messages import brief
+from socs_monitor.wire.text import sanitize
 
 # Files up to this size (bytes) are hashed by the quick worker, in turn.
 SMALL = 128 * 1024
@@ -475,12 +475,12 @@ class Workers:
                 return FailedLarge(ids, HANGS)
             found: Checksum | None = shared.reading.next_slice(go_on)
         except FileRefusedError as error:
-            return FailedLarge(ids, brief(str(error)), refused=True)
+            return FailedLarge(ids, sanitize(str(error)), refused=True)
         except OSError as error:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            return FailedLarge(ids, brief(f"{path}: {error.strerror or error}"), missing=missing)
+            return FailedLarge(ids, sanitize(f"{path}: {error.strerror or error}"), missing=missing)
         except Exception as error:  # noqa: BLE001 (one file must not stop the others)
-            return FailedLarge(ids, brief(f"{path}: unexpected error {error!r}. Please report it"))
+            return FailedLarge(ids, sanitize(f"{path}: unexpected error {error!r}. Please report it"))
         return found and HashedLarge(ids, path, found.md5, found.fingerprint)
 
     def _give(self, shared: _Shared, result: HashedLarge | FailedLarge) -> None:
@@ -493,7 +493,7 @@ class Workers:
 
 
 def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:
-    reason = brief(reason)
+    reason = sanitize(reason)
     if isinstance(task, Registration):
         return Failed(task, reason, refused, withdraw)
     if isinstance(task, Verify):

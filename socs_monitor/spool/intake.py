@@ -26,6 +26,7 @@ from socs_monitor.health.health import Health
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.store import Incoming, Registration, Spool, SpoolFullError
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 
 # Bytes of memory that registrations on the queue take at most, some 6,000 of them.
 QUEUE_MAX = 16 * 1024 * 1024
@@ -219,7 +220,7 @@ class Intake:
 
     def log_unwritten(self) -> None:
         """Log, by path, the registrations that are in memory only. Takes no lock, since who holds one may hang."""
-        paths = [messages.brief(meta["path"]) for meta, _ in (*self._to_write, *self._put)]
+        paths = [sanitize(meta["path"]) for meta, _ in (*self._to_write, *self._put)]
         for start in range(0, len(paths), _PATHS_A_LINE):
             self._health.log.log(
                 "error",

@@ -26,6 +26,7 @@ from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
 from socs_monitor.suprsync.archive import collapse
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 
 # Counted beside the states: every registration that ever was in the spool since the start.
 RECEIVED = "received"
@@ -211,7 +212,7 @@ class DeadLetter(NamedTuple):
             "id": self.id,
             "received": self.received,
             "sender": self.sender,
-            "path": messages.brief(path),
+            "path": sanitize(path),
             "reason": self.reason,
             "refused": self.refused,
             "attempts": self.attempts,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.wire.messages import brief
 from socs_monitor.wire.publisher import Publisher
+from socs_monitor.wire.text import sanitize
 from tests.chain import execute
 from tests.integration.test_end_to_end import files
 from tests.socs import server_root, suprsync
@@ -102,7 +102,7 @@ def test_no_registration_means_anything_to_the_shell_of_the_archive_host(
 
     assert not list(tmp_path.rglob("PWNED")), "a command was executed on the archive host"
     assert done.copied == [(str(good), True)]
-    assert reasons.keys() == {brief(str(path)) for path in bad}
+    assert reasons.keys() == {sanitize(str(path)) for path in bad}
     for path, reason in reasons.items():
         assert "is not allowed" in reason, path
         assert reason.endswith("socs-monitor send"), path

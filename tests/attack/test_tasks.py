@@ -65,7 +65,7 @@ def test_discard_without_a_word_of_what_discards_nothing(agent: StartAgent, tmp_
         assert files(client)["dead"] == 3
 
     (first, *_) = [letter["id"] for letter in client.list_failed().session["data"]["failed"]]
-    assert outcome(client.discard_failed(ids=[first])) == (True, "1 dead letters discarded.")
+    assert outcome(client.discard_failed(ids=[first])) == (True, "1 dead letter discarded.")
     assert outcome(client.discard_failed(all=True)) == (True, "2 dead letters discarded.")
     monitor.wait_for(lambda: files(client)["dead"] == 0, 10, "discarded them")
 

@@ -98,7 +98,7 @@ def check_parse(datagram: bytes) -> None:
     assert type(message) in messages.Message.__args__
     assert {"type", "payload"} <= message.envelope.keys()
     assert repr(messages.parse(datagram.decode(errors="surrogatepass"))) == repr(message)
-    if isinstance(message, (messages.DataFile, messages.G3File)):
+    if isinstance(message, messages.FileMessage):
         message.text.encode()  # the spool can hold it
         assert repr(messages.parse_file(message.text).meta) == repr(message.meta)
 

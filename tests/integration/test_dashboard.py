@@ -116,7 +116,7 @@ def night(router: Router, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pysmurf.data_file("/dev/zero")
         for _ in range(LOST):
             pysmurf.encode({}, "general")
-        pysmurf.general({})
+        pysmurf.publish({})
         monitor.wait_for(lambda: len(monitor.rows()) == len(sent), 20, "registered the files")
 
         sender = stack.enter_context(contextlib.closing(Publisher("flood", monitor.address)))

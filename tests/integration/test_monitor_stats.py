@@ -190,7 +190,7 @@ def test_what_the_kernel_drops_is_counted(agent: StartAgent) -> None:
     assert shown["datagrams"]["total"] == 102 - shown["lost"]["kernel"]
     assert set(shown["degraded"]) == {"messages_lost", "kernel_drops"}
     assert shown["socket"]["buffer_asked"] == 10_000
-    monitor.wait_log("the kernel dropped .*event=kernel_drops")
+    monitor.wait_log("The kernel dropped .*event=kernel_drops")
 
 
 def test_a_database_that_is_locked_shows_in_the_figures(agent: StartAgent, tmp_path: Path) -> None:

@@ -37,11 +37,14 @@ def section(page: str, title: str) -> str:
     return re.split(r"\n[^\n]+\n-{4,}\n", rest, maxsplit=1)[0]
 
 
+_BEGIN_CONDITION = ("set_condition", "set_condition_for", "evaluate_condition")
+
+
 def conditions_of_code() -> Iterator[str]:
     """Yield the first argument of every call of ``set_condition`` or ``set_condition_for``."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("set_condition", "set_condition_for"):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _BEGIN_CONDITION:
                 condition = node.args[0]
                 assert isinstance(condition, ast.Constant), f"{path.name}:{node.lineno}: use a literal condition name"
                 yield str(condition.value)

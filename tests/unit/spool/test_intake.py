@@ -22,7 +22,7 @@ from socs_monitor.spool.intake import FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Incoming, Registration, Spool, Transition
 from socs_monitor.wire import messages
-from socs_monitor.wire.messages import DataFile
+from socs_monitor.wire.messages import FileMessage
 from socs_monitor.wire.publisher import data_file, g3_file
 from tests.chain import Clock, write_lock
 from tests.testbed.processes import wait_until
@@ -313,7 +313,7 @@ def test_registrations_take_no_more_memory_than_the_limit(
 
     def put() -> None:
         message = messages.parse(datagram.encode())
-        assert isinstance(message, DataFile)
+        assert isinstance(message, FileMessage)
         front.intake.put(message.meta, Incoming(5.0, "10.0.0.5:4000", message.text))
 
     lock = write_lock(front.path) if where == "inbox" else contextlib.nullcontext()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry, create_remote_path, is_deletable
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 from tests.strategies import json_values, nasty_text
 
 BASE = "/base/of/suprsync"
@@ -120,8 +121,8 @@ def test_a_refusal_names_the_character_and_what_to_do(part: str, character: str)
 
     with pytest.raises(ArchiveError) as refusal:
         create_remote_path({**META, **changed}, archive_name)
-    reason = messages.brief(str(refusal.value))
-    assert messages.brief(repr(character)) in reason
+    reason = sanitize(str(refusal.value))
+    assert sanitize(repr(character)) in reason
     assert reason.endswith("announce it again: socs-monitor send")
 
 
