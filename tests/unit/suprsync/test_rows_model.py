@@ -120,7 +120,7 @@ class Driver:
             busy_timeout=0.0,
         )
         self._meanwhile: Callable[[], None] | None = None
-        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.stats, self._clock.monotonic)
+        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.health, self._clock.monotonic)
 
     def _hash(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
         answers: list[HashedLarge | FailedLarge] = []
