@@ -136,7 +136,7 @@ class Caretaker:
     def _correct(self, corrections: list[Correction], before: int) -> int:
         """Write corrections; return how many were written, `before` is how many were in this pass already."""
         now = self._monotonic()
-        done = {row.id for row in self._database.correct(corrections)}
+        done = {correction.row.id for correction in self._database.correct(corrections)}
         number = before
         for correction in corrections:
             row = correction.row

@@ -26,7 +26,8 @@ from socs_monitor.completeness.caretaker import RETRY_S, Caretaker
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.registrar import StoppedError
 from socs_monitor.registration.workers import FailedLarge, Hash, HashedLarge
-from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.sql import Outcome
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.publisher import g3_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
