@@ -166,7 +166,7 @@ def test_rows_of_files_that_are_gone_are_reported_and_left_as_they_are(site: Sit
     assert rows(site.db_path) == before
     assert site.figures()["row_without_file"] == 3
     (line,) = (line for line in site.said if "event=row_without_file" in line)
-    assert line.startswith("3 rows wait for a copy of a file that is gone, among them ")
+    assert line.startswith("3 rows wait for the copy of a file that is gone, for example ")
 
 
 def test_a_file_that_is_back_is_copied(site: Site) -> None:

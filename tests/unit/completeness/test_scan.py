@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.completeness import scan as backfill
+from socs_monitor.completeness import scan as scan_module
 from socs_monitor.completeness.scan import QUIET_S, Scan, registration_of
 from socs_monitor.suprsync.archive import Entry, candidates
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
@@ -98,7 +98,7 @@ def test_a_row_names_a_file_in_whatever_state_it_is(bench: Bench) -> None:
 
 
 def test_many_files_are_looked_up_in_portions_and_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "_AT_A_TIME", 10)
+    monkeypatch.setattr(scan_module, "_BATCH", 10)
     paths = [bench.write(f"17000/a/{number:03}.g3") for number in range(35)]
     bench.register(*paths[::2])
     found = list(bench.scan())
