@@ -43,10 +43,6 @@ class DatabaseUnavailableError(Exception):
     """The database cannot be used now. Nothing of the call took effect, and a later call may succeed."""
 
 
-class _RowRejectedError(Exception):
-    """SQLite rejected the values of a row. Nothing of the transaction took effect."""
-
-
 class Database:
     """The database file. For one thread at a time.
 
@@ -104,14 +100,6 @@ class Database:
             fewer outcomes than files: call again with the rest. If another process had the write lock, there is
             none, because files may have changed meanwhile: check them and call again.
         """
-        try:
-            return self._register(files, sql.GROUP)
-        except _RowRejectedError:
-            # path by path, so that only the rejected one is refused
-            return self._register(files, 1)
-
-    def _register(self, files: Sequence[HashedFile], max_paths: int) -> list[Outcome]:
-        write = sql.write if max_paths > 1 else sql.write_or_refuse
         outcomes: list[Outcome] = []
         work = 0
         with self._transaction() as (db, waited):
@@ -120,8 +108,8 @@ class Database:
             # A row must not get a time that SupRsync has reported as final, so it is taken under the write lock.
             now = self._clock()
             while work < _MAX_WORK and len(outcomes) < len(files):
-                group = sql.independent(files, len(outcomes), max_paths)
-                written, known = write(db, group, now)
+                group = sql.independent(files, len(outcomes))
+                written, known = sql.write(db, group, now)
                 outcomes += written
                 work += sql.GROUP + len(group) + known
             crashpoint.reach("inserted")
@@ -273,9 +261,7 @@ class Database:
             yield
         except OSError as error:
             raise self._unavailable(f" cannot be created: {error}") from error
-        except (sqlite3.Error, UnicodeError) as error:
-            if sql.is_row_error(error):
-                raise _RowRejectedError(str(error)) from error
+        except sqlite3.Error as error:
             self._disconnect()
             raise self._unavailable(f": {error}", sql.code(error)) from error
 

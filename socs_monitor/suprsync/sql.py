@@ -70,11 +70,6 @@ def code(error: BaseException) -> int:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
-def is_row_error(error: BaseException) -> bool:
-    """Whether an error concerns the values of one row, and not the database."""
-    return isinstance(error, UnicodeError) or code(error) in _ROW_CODES
-
-
 def read(db: sqlite3.Connection, statement: str, parameters: Sequence[object]) -> list[Row]:
     """Read rows. Their local paths are collapsed, because the published agent stores them as they were announced."""
     return [Row(id_, collapse(local_path), *others) for id_, local_path, *others in db.execute(statement, parameters)]
@@ -107,8 +102,8 @@ def _by_place(rows: Iterable[Row]) -> dict[tuple[str, str], set[str]]:
     return places
 
 
-def independent(files: Sequence[HashedFile], start: int, max_paths: int) -> Sequence[HashedFile]:
-    """Return the files from `start` on, of at most `max_paths` paths, up to one that depends on an earlier one's row.
+def independent(files: Sequence[HashedFile], start: int) -> Sequence[HashedFile]:
+    """Return the files from `start` on, of at most `GROUP` paths, up to one that depends on an earlier one's row.
 
     A file that equals the latest one of its path is registered with that one.
     """
@@ -119,13 +114,31 @@ def independent(files: Sequence[HashedFile], start: int, max_paths: int) -> Sequ
         path = file.entry.local_path
         if latest.setdefault(path, file) != file or places.setdefault(file.entry.remote_path, path) != path:
             return files[start:end]
-        if len(latest) > max_paths:
+        if len(latest) > GROUP:
             return files[start:end]
     return files[start:]
 
 
 def write(db: sqlite3.Connection, files: Sequence[HashedFile], now: float) -> tuple[list[Outcome], int]:
-    """Register files that are independent of each other; return their outcomes, and the number of rows they had."""
+    """Register files that are independent of each other; return their outcomes, and the number of rows they had.
+
+    A file whose values SQLite rejects is refused, and does not hold up the others.
+    """
+    db.execute("SAVEPOINT files")
+    try:
+        written, known = _write(db, files, now)
+    except (sqlite3.Error, UnicodeError) as error:
+        if isinstance(error, sqlite3.Error) and code(error) not in _ROW_CODES:
+            raise
+        db.execute("ROLLBACK TO files")
+        written, known = [Outcome(False, f"the database refused it: {error}")], 0
+        if len(files) > 1:
+            written = [write(db, [file], now)[0][0] for file in files]
+    db.execute("RELEASE files")
+    return written, known
+
+
+def _write(db: sqlite3.Connection, files: Sequence[HashedFile], now: float) -> tuple[list[Outcome], int]:
     files_by_path = {file.entry.local_path: file for file in files}
     holding = find(db, BY_REMOTE_PATH, [file.entry.remote_path for file in files])
     rows = {row.id: row for row in holding + find(db, BY_LOCAL_PATH, files_by_path)}
@@ -169,20 +182,6 @@ def _update(db: sqlite3.Connection, plan: Plan, file: HashedFile, now: float) ->
     elif plan.action is Action.RETRY:
         db.execute(_RETRY, (entry.deletable, row.id))
     return _KEPT
-
-
-def write_or_refuse(db: sqlite3.Connection, files: Sequence[HashedFile], now: float) -> tuple[list[Outcome], int]:
-    """Register equal files as `write` does; if SQLite rejects the values of their row, that is their outcome."""
-    db.execute("SAVEPOINT one")
-    try:
-        written, known = write(db, files, now)
-    except (sqlite3.Error, UnicodeError) as error:
-        if not is_row_error(error):
-            raise
-        db.execute("ROLLBACK TO one")
-        written, known = [Outcome(False, f"the database refused it: {error}")] * len(files), 0
-    db.execute("RELEASE one")
-    return written, known
 
 
 def find_keys(db: sqlite3.Connection, entries: Iterable[Entry]) -> list[int]:
