@@ -260,7 +260,7 @@ class Database:
         try:
             yield
         except OSError as error:
-            raise self._unavailable(f" cannot be created: {error}") from error
+            raise self._unavailable(f" cannot be opened: {error}") from error
         except sqlite3.Error as error:
             self._disconnect()
             raise self._unavailable(f": {error}", sql.code(error)) from error

@@ -1,4 +1,4 @@
-"""The one way rows get into the SupRsync database: idempotent, all or none, by the rule for overwritten files."""
+"""Writing rows is idempotent, takes effect as a whole, and follows the rules of decision record 10."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_among_many_paths_each_that_is_known_is_found(open_database: Open, db_pa
     assert sums == [(f"/data/{number:03}", NEW) for number in range(120)]
 
 
-def test_a_path_that_is_asked_for_again_and_again_has_its_rows_once(open_database: Open) -> None:
+def test_a_path_that_is_looked_up_repeatedly_has_its_rows_once(open_database: Open) -> None:
     database = open_database()
     database.register([file()])
 
@@ -363,7 +363,7 @@ def test_a_locked_database_is_unavailable_for_now(open_database: Open, db_path: 
     assert sums(db_path) == [("a", NEW)]
 
 
-def test_a_lock_that_was_waited_for_lets_the_caller_look_at_the_files_again(
+def test_nothing_is_registered_after_waiting_for_a_lock(
     open_database: Open, db_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_S", 30.0)
@@ -383,7 +383,7 @@ def test_a_lock_that_was_waited_for_lets_the_caller_look_at_the_files_again(
     assert database.register([file()]) == [INSERTED]
 
 
-def test_what_is_no_database_is_left_as_it_is(open_database: Open, db_path: str) -> None:
+def test_a_file_that_is_not_a_database_stays_unchanged(open_database: Open, db_path: str) -> None:
     Path(db_path).write_bytes(b"not a database" * 1000)
     with pytest.raises(DatabaseUnavailableError, match="it is not an SQLite database: move it away"):
         open_database().register([file()])
@@ -397,7 +397,7 @@ def test_a_path_that_cannot_be_a_database_is_unavailable(open_database: Open, db
         open_database().register([file()])
     (tmp_path / "file").touch()
     below = Database(str(tmp_path / "file" / "x.db"), create_table=True, echo=False, report=print)
-    with pytest.raises(DatabaseUnavailableError, match="cannot be created"):
+    with pytest.raises(DatabaseUnavailableError, match="cannot be opened"):
         below.register([file()])
 
 

@@ -81,12 +81,7 @@ class Driver:
         folder: Scratch folder.
         clock: Time.
         registered: Called after each transaction with the files that were written, and their outcomes.
-
-    Attributes:
-        recheck_survives_restart: Whether a re-check that another announcement made void stays so after a restart.
     """
-
-    recheck_survives_restart = True
 
     def __init__(
         self, folder: Path, clock: Clock, registered: Callable[[list[HashedFile], list[Outcome]], None]
@@ -197,7 +192,6 @@ class Machine(RuleBasedStateMachine):
         self.committed: dict[tuple[str, int], int] = {}  # when a version was last registered
         self.verified: dict[Key, tuple[str, int]] = {}  # what each key's row says
         self.unknown: set[tuple[str, str]] = set()  # places of which a restored backup says what is not so
-        self.forgetful = False  # re-checks that were void may be made since a restart
         self.driver = Driver(self.folder, self.clock, self.registered)
 
     # --- what the published agent left
@@ -308,9 +302,6 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.driver.restart()
-        if not self.driver.recheck_survives_restart:
-            self.forgetful = True
-            self.verified.clear()
 
     # --- SupRsync
 
@@ -398,7 +389,6 @@ class Machine(RuleBasedStateMachine):
         shutil.copy(self.backup, self.driver.db_path)
         self.driver.restart()
         self.note_lies()
-        self.forgetful = not self.driver.recheck_survives_restart
         self.verified.clear()
         self.committed.clear()  # the restored rows know nothing of it
 
@@ -451,8 +441,7 @@ class Machine(RuleBasedStateMachine):
 
     def note_verified(self) -> None:
         """Remember what each key's row says, and up to which event its announcements are surely registered."""
-        self.forgetful = self.forgetful and bool(self.driver.unsettled)
-        now = 0 if self.driver.unregistered or self.forgetful else next(self.events)
+        now = 0 if self.driver.unregistered else next(self.events)
         former = self.verified
         self.verified = {}
         for row, key in itertools.product(self.driver.rows(), KEYS):
