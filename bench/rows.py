@@ -1,7 +1,7 @@
 """Measure what rows cost with `python -m bench.rows`: making the indexes, registering, and a pass of the caretaker.
 
 Registering among a million rows is compared with registering in an empty database, batch by batch in turn, so that a
-busy machine affects both. Needs 3 GB of disk space.
+busy machine affects both. Needs 600 MB of disk space.
 """
 
 from __future__ import annotations
