@@ -333,7 +333,7 @@ WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
 INSERT INTO supersync_v0 (local_path, local_md5sum, archive_name, remote_path, timestamp, remote_md5sum, copied,
     removed, failed_copy_attempts, deletable, "ignore")
 SELECT printf('/data/smurf_data/20240101/crate1slot%d/%d/outputs/%d_data.npy', i % 6, 1600000000 + i / 50, i),
-    lower(hex(randomblob(16))), 'smurf', printf('16%03d/crate1slot%d/%d_data.npy', i % 1000, i % 6, i),
-    1600000000.0 + i, NULL, 1600000100.0 + i, 1600000200.0 + i, 0, 1, 0
+    printf('%032x', i), 'smurf', printf('16%03d/crate1slot%d/%d_data.npy', i % 1000, i % 6, i),
+    1600000000.0 + i, printf('%032x', i), 1600000100.0 + i, 1600000200.0 + i, 0, 1, 0
 FROM n
 """
