@@ -36,6 +36,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from typing import IO
+from urllib.parse import quote
 
 from socs_monitor.spool.states import State
 
@@ -53,6 +54,8 @@ _RESERVE_MIN = 64 * 1024
 # The journal's size (pages) at which accepting itself moves it to the file: a backstop, since under a
 # load that never pauses the checkpoints of `Spool.sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
+
+_JOURNAL_HEADER = 32  # bytes; SQLite takes a journal without a valid header as an empty one
 
 _RETRY_LOCK_S = 0.05  # `is_locked` holds the lock for microseconds: if it is taken, try once more
 
@@ -160,6 +163,36 @@ def connect(path: str, busy_timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connecti
     return db
 
 
+def keep_journal(path: str) -> sqlite3.Connection:
+    """Return a connection that keeps the journal of an open spool on the disk if it is the last one to be closed.
+
+    SQLite deletes the journal with the last connection, and a full disk has no room for another one. A connection that
+    cannot write deletes nothing.
+
+    Raises:
+        sqlite3.Error: If the file cannot be opened.
+    """
+    connection = sqlite3.connect(
+        f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA user_version").fetchone()  # opens the journal
+    return connection
+
+
+def empty_journal(connection: sqlite3.Connection, path: str) -> None:
+    """Move the content of the journal to the file. The journal keeps its size, but is empty to whoever opens it next.
+
+    So the file alone is the spool, and may be replaced. Nothing is changed while another program reads the spool, or
+    where the disk has no room for the file to grow.
+    """
+    with contextlib.suppress(sqlite3.Error, OSError):
+        connection.execute("PRAGMA busy_timeout = 0")
+        (busy, *_) = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        if not busy:  # the next writer begins with a new header
+            with open(path + "-wal", "r+b") as journal:
+                journal.write(bytes(_JOURNAL_HEADER))
+
+
 def _open_checked(path: str, busy_timeout: float) -> sqlite3.Connection:
     db = connect(path, busy_timeout)
     try:
@@ -171,6 +204,7 @@ def _open_checked(path: str, busy_timeout: float) -> sqlite3.Connection:
             _take_over(db)
         elif version != VERSION:
             raise _UnknownVersionError(f"version {version}, expected {VERSION}")
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # of a killed process: it need not grow then
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise _UnknownVersionError(verdict)
@@ -198,8 +232,12 @@ def file_bytes(connection: sqlite3.Connection) -> int:
 
 def used_bytes(connection: sqlite3.Connection) -> int:
     """Size of what is in the spool, without what is free in its file."""
-    (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-    return file_bytes(connection) - int(free) * _PAGE
+    return file_bytes(connection) - _free_bytes(connection)
+
+
+def _free_bytes(connection: sqlite3.Connection) -> int:
+    (pages,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return int(pages) * _PAGE
 
 
 def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
@@ -217,10 +255,13 @@ def reserve(connection: sqlite3.Connection, path: str, size: int) -> None:
         OSError: Likewise.
     """
     connection.execute("DROP TABLE IF EXISTS reserve")  # of a process that was killed here
+    present = min(_free_bytes(connection), os.path.getsize(path + "-wal"))
     disk = os.statvfs(path)
-    size = min(size, disk.f_bavail * disk.f_frsize // 8)
+    size = min(size, max(present, disk.f_bavail * disk.f_frsize // 8))
     if size < _RESERVE_MIN:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    if size <= present:
+        return
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute("CREATE TABLE reserve (room BLOB)")

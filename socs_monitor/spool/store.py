@@ -262,6 +262,7 @@ class Spool:
         try:
             self._db = file.open_or_begin(path, report, busy_timeout)
             self._syncer = file.connect(path, busy_timeout)
+            self._journal_keeper = file.keep_journal(path)
             states = dict(self._db.execute(_BY_STATE))
             self._counts = {state.value: states.get(state, 0) for state in State} | {RECEIVED: sum(states.values())}
         except (sqlite3.Error, OSError) as error:
@@ -280,7 +281,9 @@ class Spool:
         """Close the file and let go of it."""
         with self._lock:
             self._syncer.close()
+            file.empty_journal(self._db, self.path)
             self._db.close()
+            self._journal_keeper.close()  # the last one
             self._lock_file.close()
 
     @property

@@ -152,6 +152,26 @@ def test_the_disk_is_full_and_free_again_without_a_stop(disk: Disk, no_router: R
         assert agent.stop() == 0
 
 
+def test_an_agent_starts_on_a_disk_that_filled_up_after_it_was_stopped(
+    disk: Disk, no_router: Router, tmp_path: Path
+) -> None:
+    with started(tmp_path, no_router, disk) as (agent, server):
+        assert agent.stop() == 0
+        disk.fill()
+        agent.start()
+        agent.wait_listening()
+        sent = send_files(server, 500)
+        hostile.wait_read(agent.udp_port)
+        stop(agent)
+        assert {path_of(entry["message"]) for entry in entries(agent)} >= set(sent)
+
+        disk.free()
+        agent.start()
+        agent.wait_listening()
+        wait_rows(agent, sent, 20)
+        assert agent.stop() == 0
+
+
 def in_log(agent: Agent) -> set[str]:
     """Numbered names in the log; long paths are shortened there, in their middle."""
     return set(re.findall(NAME, agent.log))

@@ -241,6 +241,22 @@ def test_on_a_full_disk_registrations_are_accepted_settled_and_found_again(disk:
     spool.close()
 
 
+def test_a_spool_that_was_closed_can_be_opened_on_a_full_disk(disk: Disk, said: list[str]) -> None:
+    path = str(disk.path / "spool")
+    spool = Spool(path, said.append, reserve=2 * MEGABYTE)
+    spool.accept([incoming(number) for number in range(500)])
+    spool.close()
+    disk.fill()
+
+    for accepted in (500, 1000, 1500):
+        spool = Spool(path, said.append, reserve=2 * MEGABYTE)
+        assert counts(spool) == {"pending": accepted, "received": accepted}
+        assert room(path) >= MEGABYTE, "the reserve is gone"
+        spool.accept([incoming(number) for number in range(500)])
+        spool.close()
+    assert said == []
+
+
 def test_when_the_room_is_used_up_nothing_is_half_written_and_the_spool_goes_on_when_there_is_some(disk: Disk) -> None:
     spool = Spool(str(disk.path / "spool"), print, reserve=MEGABYTE)
     disk.fill()
