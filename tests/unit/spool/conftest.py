@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from socs_monitor.spool.records import Incoming, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Incoming, Spool, Transition
+from socs_monitor.spool.store import Spool
 from socs_monitor.wire.publisher import g3_file
 from tests.chain import execute
 

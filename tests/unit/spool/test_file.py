@@ -283,6 +283,6 @@ def test_a_spool_whose_disk_has_no_room_says_so_and_goes_on(disk: Disk) -> None:
     spool = Spool(str(disk.path / "spool"), said.append)
 
     (line,) = said
-    assert "has no room of its own for a full disk" in line
+    assert "The disk has no room for the reserve of the spool" in line
     assert spool.accept([incoming(0)])
     spool.close()

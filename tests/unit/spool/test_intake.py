@@ -19,8 +19,9 @@ from socs_monitor.health.health import Health
 from socs_monitor.registration import lookup
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
+from socs_monitor.spool.records import Incoming, Registration, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Incoming, Registration, Spool, Transition
+from socs_monitor.spool.store import Spool
 from socs_monitor.wire import messages
 from socs_monitor.wire.messages import DataFile
 from socs_monitor.wire.publisher import data_file, g3_file
@@ -94,8 +95,8 @@ class Front:
             taken += some
         return taken
 
-    def restart(self) -> None:
-        self.intake.restart(lambda _: 0.0)
+    def requeue_all(self) -> None:
+        self.intake.requeue_all(lambda _: 0.0)
 
     def stored(self) -> list[int]:
         """What is in the spool's file, in order."""
@@ -166,7 +167,7 @@ def test_however_putting_and_taking_alternate_each_comes_once(
                 taken += [number_of(item) for item in front.from_queue() if item.sender == "file_queue"]
                 front.intake.close()
                 front.open()
-            front.restart()
+            front.requeue_all()
             taken = []  # nothing of it was registered, so it comes again
         assert sum(isinstance(item, Registration) for item in front.queue.queue) <= 3
     front.intake.flush()
@@ -199,7 +200,7 @@ def test_who_empties_the_queue_by_hand_makes_room_on_it(make_front: Callable[...
 def test_a_restart_takes_registrations_off_the_queue_and_leaves_what_others_put_there(front: Front) -> None:
     front.put(0, 1)
     front.queue.put(meta_of(2))
-    front.restart()
+    front.requeue_all()
 
     assert [number_of(item) for item in front.queue.queue] == [2]
     assert sorted(front.take_all()) == [0, 1, 2]

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
+from socs_monitor.spool.records import Transition
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
-from socs_monitor.spool.store import Spool, Transition, TransitionError
+from socs_monitor.spool.store import Spool, TransitionError
 from tests.chain import execute
 from tests.unit.spool.conftest import DUE, bring_about, content, counts, incoming
 

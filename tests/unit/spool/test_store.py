@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.records import Record, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Due, Spool, SpoolFullError, Transition
+from socs_monitor.spool.store import Spool, SpoolFullError
 from tests.chain import execute, write_lock
 from tests.unit.spool.conftest import OpenSpool, content, counts, incoming, move, states
 
 
-def sent_by(due: list[Due]) -> list[int]:
+def sent_by(due: list[Record]) -> list[int]:
     """The numbers that registrations were made with."""
     return [int(each.received - 1000) for each in due]
 
@@ -92,9 +93,8 @@ def test_dead_letters_can_be_read(spool: Spool) -> None:
     assert [(letter.id, letter.reason, letter.refused) for letter in spool.dead()] == [
         (1, "no such file", False), (2, "no such file", False), (3, "outside", True), (4, "outside", True)
     ]  # fmt: skip
-    assert [letter.id for letter in spool.dead([2, 4, 99])] == [2, 4]
     assert [letter.id for letter in spool.dead(limit=1)] == [1]
-    assert spool.dead([1])[0].summary() == {
+    assert spool.dead()[0].summary() == {
         "id": 1, "received": 1000.0, "sender": "10.0.0.5:4000", "path": "/a/b/0.g3", "reason": "no such file",
         "refused": False, "attempts": 1,
     }  # fmt: skip
@@ -126,7 +126,7 @@ def test_text_that_is_no_unicode_holds_up_nothing(spool: Spool, path: str, colum
 
 def assert_goes_on(spool: Spool, path: str, state: State, ids: list[int]) -> None:
     """Of three registrations the second has something odd in it, and the spool can be used."""
-    spool.begin(lambda _: 0.0)
+    spool.requeue_all(lambda _: 0.0)
     assert states(path)[ids[0]] == State.REGISTERED, "it was announced again"
     json.dumps([letter.summary() for letter in spool.dead()])
     assert {each.id for each in spool.load(ids)} == set(ids)
@@ -193,7 +193,7 @@ def test_what_cannot_be_written_changes_nothing(open_spool: OpenSpool, path: str
         for write in (
             lambda: spool.accept([incoming(1)]),
             lambda: spool.apply([failed], 5.0, 5),
-            lambda: spool.begin(lambda _: 0.0),
+            lambda: spool.requeue_all(lambda _: 0.0),
             spool.retry,
             spool.discard,
         ):

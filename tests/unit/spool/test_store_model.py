@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from socs_monitor.spool.records import Transition
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
-from socs_monitor.spool.store import RECEIVED, Spool, Transition
+from socs_monitor.spool.store import RECEIVED, Spool
 from tests.unit.spool.conftest import content, incoming
 
 MAX_DEAD = 4
@@ -156,7 +157,7 @@ class SpoolMachine(RuleBasedStateMachine):
             self.spool.close()
             self.open()
             self.check()
-        self.spool.begin(retry_at)
+        self.spool.requeue_all(retry_at)
         latest = {row.path: id_ for id_, row in sorted(self.rows.items()) if row.state is not State.DEAD}
         for id_, row in self.rows.items():
             if row.state is State.REGISTERED and latest[row.path] == id_:
