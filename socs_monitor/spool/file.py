@@ -44,13 +44,16 @@ RESERVE = 16 * 1024 * 1024
 
 _RESERVE_MIN = 64 * 1024  # bytes; a smaller reserve is useless
 
-# Journal size (pages) at which a commit checkpoints it. A backstop: under constant load, the checkpoints of `Spool.sync`
-# cannot reset the journal.
+# Journal size (pages) at which a commit checkpoints it. A backstop: under constant load, the checkpoints of
+# `Spool.sync` cannot reset the journal.
 _JOURNAL_PAGES = 16_384
 
 _JOURNAL_HEADER = 32  # bytes; SQLite treats a journal without a valid header as empty
 
 _LOCK_RETRY_S = 0.05  # `is_locked` holds the lock for microseconds, so a taken lock is tried once more
+
+# Result codes of a file that is damaged, or lacks a table or column. After any other error it may be intact.
+_INVALID = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
 
 BUSY_TIMEOUT_S = 5.0  # only `Spool.sync` and a person's tools hold a lock, for milliseconds
 
@@ -94,10 +97,6 @@ class SpoolError(Exception):
 
 class SpoolBusyError(SpoolError):
     """Another process has the spool open."""
-
-
-class _InvalidFileError(sqlite3.DatabaseError):
-    """The file is damaged, or not a spool of a known version."""
 
 
 def take_lock(path: str) -> IO[bytes]:
@@ -176,8 +175,7 @@ def open_or_replace(path: str, report: Callable[[str], None], busy_timeout: floa
     try:
         return _open_checked(path, busy_timeout)
     except sqlite3.DatabaseError as error:
-        invalid = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-        if not isinstance(error, _InvalidFileError) and error.sqlite_errorcode & 0xFF not in invalid:
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _INVALID:
             raise
         aside = f"{path}.{time.time():.0f}.set-aside"
         for suffix in ("-wal", "-shm", ""):
@@ -195,31 +193,20 @@ def _open_checked(path: str, busy_timeout: float) -> sqlite3.Connection:
     try:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if version == 0 and tables == 0:
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-        elif version == 1:
-            _migrate(db)
+        if version == 1 or version == tables == 0:
+            db.executescript(f"BEGIN IMMEDIATE; {_MIGRATE_FROM_1 if version else _SCHEMA} COMMIT;")
         elif version != VERSION:
-            raise _InvalidFileError(f"version {version}, expected {VERSION}")
+            raise sqlite3.DatabaseError(f"version {version}, expected {VERSION}")
         # after a crash, reuse the journal from its beginning: on a full disk it could not grow
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise _InvalidFileError(verdict)
+            raise sqlite3.DatabaseError(verdict)
         db.execute(_REPLACE_UNKNOWN_STATES)
     except BaseException:
         db.close()
         raise
     return db
-
-
-def _migrate(db: sqlite3.Connection) -> None:
-    try:
-        db.executescript(f"BEGIN IMMEDIATE; {_MIGRATE_FROM_1} COMMIT;")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a table or column is missing
-            raise _InvalidFileError(f"not the layout of version 1: {error}") from error
-        raise
 
 
 def keep_journal(path: str) -> sqlite3.Connection:
@@ -251,18 +238,14 @@ def empty_journal(db: sqlite3.Connection, path: str) -> None:
                 journal.write(bytes(_JOURNAL_HEADER))
 
 
-def file_bytes(db: sqlite3.Connection) -> int:
-    """Return the size of the spool's file."""
-    (pages,) = db.execute("PRAGMA page_count").fetchone()
-    return int(pages) * _PAGE
-
-
 def used_bytes(db: sqlite3.Connection) -> int:
     """Return the size of the spool's content: the file without its free pages."""
-    return file_bytes(db) - _free_bytes(db)
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    return int(pages) * _PAGE - free_bytes(db)
 
 
-def _free_bytes(db: sqlite3.Connection) -> int:
+def free_bytes(db: sqlite3.Connection) -> int:
+    """Return the size of the free pages in the spool's file."""
     (pages,) = db.execute("PRAGMA freelist_count").fetchone()
     return int(pages) * _PAGE
 
@@ -282,7 +265,7 @@ def reserve(db: sqlite3.Connection, path: str, size: int) -> None:
         OSError: The same.
     """
     db.execute("DROP TABLE IF EXISTS reserve")  # left by a process that was killed here
-    present = min(_free_bytes(db), os.path.getsize(path + "-wal"))
+    present = min(free_bytes(db), os.path.getsize(path + "-wal"))
     disk = os.statvfs(path)
     size = min(size, max(present, disk.f_bavail * disk.f_frsize // 8))
     if size < _RESERVE_MIN:

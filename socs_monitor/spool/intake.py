@@ -4,8 +4,8 @@ The reactor only appends to a list (`Intake.put`) and wakes the writer after eac
 The writer thread stores what has accumulated with one commit, and only then puts it on ``file_queue``. So everything on
 the queue is on the disk, and a slow disk delays neither the socket nor a heartbeat.
 
-The queue holds part of the spool in memory. Registrations for which it has no room are due in the spool at once, and are
-claimed from there.
+The queue holds part of the spool in memory. Registrations for which it has no room are due in the spool at once, and
+are claimed from there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Meta = dict[str, Any]
 class FileQueue(queue.Queue[Meta]):
     """The queue ``file_queue`` between the intake and the registrar.
 
-    `put` never blocks; the intake asks `has_room` before it uses `extend`. Memory is only freed when the queue is empty.
+    `put` never blocks; the intake asks `has_room` before it uses `extend`. Memory is freed when the queue is empty.
 
     Args:
         max_bytes: Memory for registrations on the queue.
@@ -129,11 +129,18 @@ class Measurement(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A registration in memory: its metadata, the same as it is stored, and the memory that both take (bytes)."""
+    """A registration in memory: its metadata, its form in the spool, and the memory that both take (bytes)."""
 
     meta: Meta
     incoming: Incoming
-    memory: int
+    memory: int = 0
+
+
+def _registrations(batch: Sequence[_Item], ids: Sequence[int]) -> list[Registration]:
+    return [
+        Registration(meta, id_, incoming.received, incoming.sender)
+        for (meta, incoming, _), id_ in zip(batch, ids, strict=True)
+    ]
 
 
 class Intake:
@@ -287,23 +294,16 @@ class Intake:
         crashpoint.reach("received")
         memory = sum(item.memory for item in batch)
         held = self._queue.has_room(memory)
-        registrations = self._accept([(item.meta, item.incoming) for item in batch], held=held)
+        ids = self._spool.accept([item.incoming for item in batch], held=held)
         crashpoint.reach("spooled")
         offset = self._clock() - self._monotonic()
         if abs(offset - self._offsets[-1][1]) > _CLOCK_STEP_S:
-            self._offsets.append((registrations[0].id, offset))
+            self._offsets.append((ids[0], offset))
         if held:
-            self._queue.extend(registrations, memory)
+            self._queue.extend(_registrations(batch, ids), memory)
         else:
             self._queue.wake()
         crashpoint.reach("queued")
-
-    def _accept(self, batch: Sequence[tuple[Meta, Incoming]], *, held: bool) -> list[Registration]:
-        ids = self._spool.accept([incoming for _, incoming in batch], held=held)
-        return [
-            Registration(meta, id_, incoming.received, incoming.sender)
-            for (meta, incoming), id_ in zip(batch, ids, strict=True)
-        ]
 
     def requeue_all(self, retry_at: Callable[[int], float]) -> None:
         """Schedule everything again at a start, as `Spool.requeue_all`, and take it off the queue.
@@ -324,18 +324,18 @@ class Intake:
         Raises:
             SpoolError: If the spool cannot be written now; none is stored.
         """
-        batch: list[tuple[Meta, Incoming]] = []
+        batch = []
         for meta in metas:
             try:
-                batch.append((meta, Incoming(self._clock(), "file_queue", messages.encode_file(meta))))
+                batch.append(_Item(meta, Incoming(self._clock(), "file_queue", messages.encode_file(meta))))
             except messages.MessageError as error:
                 text = f"an item of file_queue is not a registration: {error}. It was dropped"
                 self._health.log.log_throttled("warn", "refused", text)
         try:
-            return self._accept(batch, held=True)
+            return _registrations(batch, self._spool.accept([item.incoming for item in batch], held=True))
         except SpoolFullError:  # the caller must go on, because only that makes room in the spool
-            for meta, incoming in batch:
-                self.put(meta, incoming)
+            for item in batch:
+                self.put(item.meta, item.incoming)
             self.commit()
             return []
 

@@ -1,7 +1,7 @@
 """The lifecycle of a registration as data: its states, and the events that move it from one to another.
 
-Pure. `store.Spool.apply` executes these transitions and rejects all others, so every accepted registration is in exactly
-one state at any moment.
+Pure. `store.Spool.apply` executes these transitions and rejects all others, so every accepted registration is in
+exactly one state at any moment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STORED = (State.PENDING, State.WAITING, State.REGISTERED, State.DEAD)
 
 
 class Event(StrEnum):
-    """An event in the life of a registration. All but the last three are about its file."""
+    """An event in the life of a registration, worded as in the documentation's table."""
 
     COMMITTED = "row committed"
     FAILED = "missing, unreadable, hanging, unexpected error"

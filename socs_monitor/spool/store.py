@@ -45,14 +45,14 @@ CLAIM_BYTES = 1 << 20
 # so a batch of 500 takes 10 statements. The sizes are few, so few statements are compiled.
 _ROWS = (50, 15, 1)
 
-# Scheduled registrations are claimed before the backlog, so that re-checks are on time. One in `_BACKLOG_PART` places of
-# each claim is left to the backlog: anybody can announce missing files, and their retries must not block it.
+# Scheduled registrations are claimed before the backlog, so that re-checks are on time. One in `_BACKLOG_PART` places
+# of each claim is left to the backlog: anybody can announce missing files, and their retries must not block it.
 _BACKLOG_PART = 4
 
-_COLUMNS = "id, state, attempts, rounds, received, sender, reason, refused"
+_COLUMNS = "id, state, attempts, rounds, received, sender"
 _BY_IDS = "id IN (SELECT value FROM json_each(:ids))"
 _SELECT_DUE = [
-    f"SELECT {_COLUMNS}, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
+    f"SELECT {_COLUMNS}, NULL, 0, iif(state = '{State.REGISTERED}', NULL, message) FROM registrations"
     f" WHERE due {condition} AND due <= ? ORDER BY due, id LIMIT ?"
     for condition in ("> 0", "= 0")
 ]
@@ -64,7 +64,6 @@ _NEXT_DUE = "SELECT min(due) FROM registrations WHERE due IS NOT NULL"
 _OLDEST_PENDING = (
     f"SELECT id, received FROM registrations INDEXED BY pending WHERE state = '{State.PENDING}' ORDER BY id LIMIT 1"
 )
-# Refused ones first, because anybody can send those.
 _DEAD_IDS = "SELECT id FROM registrations WHERE state = 'dead' AND refused >= ? ORDER BY refused DESC, id LIMIT ?"
 
 # From the first registered one on: id, whether it is registered, and the path if the message has one.
@@ -103,10 +102,6 @@ def _insert_statement(rows: int, due: str) -> str:
 
 class SpoolFullError(SpoolError):
     """The spool is full; it accepts nothing until something leaves it."""
-
-
-class TransitionError(Exception):
-    """The transition is not in `states.TRANSITIONS`: a programming error."""
 
 
 class Spool:
@@ -148,7 +143,6 @@ class Spool:
         self.next_due = -math.inf
         self.crowded_out = 0
         self._lock = threading.Lock()
-        self._unsynced = False
         self._lock_file = file.take_lock(path)
         try:
             self._db = file.open_or_replace(path, report, busy_timeout)
@@ -203,8 +197,10 @@ class Spool:
             SpoolError: If they could not be written.
         """
         with self._writing() as db:
-            if file.file_bytes(db) > self.max_bytes and not self._has_room(db):
-                raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
+            if file.used_bytes(db) > self.max_bytes:
+                self._crowd_out(db, _dead_ids(db, refused=1))  # anybody can send those
+                if file.used_bytes(db) > self.max_bytes:
+                    raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
             last = done = 0
             for rows in _ROWS:
                 while len(batch) - done >= rows:
@@ -228,7 +224,7 @@ class Spool:
             The claimed registrations with their former state, the longest due first. The caller processes them.
 
         Raises:
-            TransitionError: If a transition is not in `states.TRANSITIONS`; nothing took effect.
+            KeyError: If a transition is not in `states.TRANSITIONS`; nothing took effect.
             SpoolError: If the spool cannot be written now; nothing took effect.
         """
         transitions = [transition for transition in transitions if transition.ids]
@@ -258,8 +254,8 @@ class Spool:
                 if is_registered:
                     latest[key] = id_
             self._apply_one(db, Transition(State.REGISTERED, Event.RESTARTED, list(latest.values()), due=0.0))
-            db.create_function("retry_at", 1, retry_at)
             db.execute("UPDATE registrations SET due = 0 WHERE state IN ('pending', 'registered') AND due IS NOT 0")
+            db.create_function("retry_at", 1, retry_at)
             db.execute("UPDATE registrations SET due = retry_at(attempts) WHERE state = 'waiting'")
             self.next_due = -math.inf
 
@@ -291,27 +287,22 @@ class Spool:
         Raises:
             SpoolError: If the disk reported an error.
         """
-        if self._unsynced:
-            self._unsynced = False
-            try:
-                self._sync_db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
-                self._unsynced = True
-                raise SpoolError(f"cannot sync the spool {self.path}: {error}") from error
+        try:
+            self._sync_db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            raise SpoolError(f"cannot sync the spool {self.path}: {error}") from error
 
     def _select(self, where: str, ids: str | None, limit: int) -> list[Record]:
-        statement = f"SELECT {_COLUMNS}, message FROM registrations WHERE {where} ORDER BY id LIMIT :limit"
+        select = f"SELECT {_COLUMNS}, reason, refused, message FROM registrations"
         with self._reading() as db:
-            return [Record._make(row) for row in db.execute(statement, {"ids": ids, "limit": limit})]
+            rows = db.execute(f"{select} WHERE {where} ORDER BY id LIMIT :limit", {"ids": ids, "limit": limit})
+            return [Record._make(row) for row in rows]
 
     def _apply_one(self, db: sqlite3.Connection, transition: Transition) -> int:
         origin, event, ids, due, reason = transition
-        try:
-            target, statement = TRANSITIONS[origin, event], _STATEMENTS[origin, event]
-        except KeyError:
-            raise TransitionError(f"no transition from {origin} by {event!r}") from None
-        changed = db.execute(statement, {"ids": json.dumps(ids), "due": due, "reason": reason}).rowcount
-        self._count_move(origin, target, changed)
+        values = {"ids": json.dumps(ids), "due": due, "reason": reason}
+        changed = db.execute(_STATEMENTS[origin, event], values).rowcount
+        self._count_move(origin, event, changed)
         if due is not None and due < self.next_due:
             self.next_due = due
         return changed
@@ -323,12 +314,6 @@ class Spool:
 
     def _crowd_out(self, db: sqlite3.Connection, ids: Sequence[int]) -> None:
         self._changes[_CROWDED_OUT] += self._apply_one(db, Transition(State.DEAD, Event.DISCARDED, ids))
-
-    def _has_room(self, db: sqlite3.Connection) -> bool:
-        """Whether a file of the maximum size has free pages; if not, refused dead letters make room."""
-        if file.used_bytes(db) > self.max_bytes:
-            self._crowd_out(db, _dead_ids(db, refused=1))
-        return file.used_bytes(db) <= self.max_bytes
 
     def _claim(self, db: sqlite3.Connection, now: float, limit: int) -> list[Record]:
         claimed: list[Record] = []
@@ -342,14 +327,14 @@ class Spool:
         if claimed:
             db.execute(_CLAIM, {"ids": json.dumps([record.id for record in claimed])})
             waited = sum(record.state == State.WAITING for record in claimed)
-            self._count_move(State.WAITING, TRANSITIONS[State.WAITING, Event.DUE], waited)
+            self._count_move(State.WAITING, Event.DUE, waited)
         (next_due,) = db.execute(_NEXT_DUE).fetchone()
         self.next_due = math.inf if next_due is None else next_due
         return claimed
 
-    def _count_move(self, origin: State, target: State, number: int) -> None:
+    def _count_move(self, origin: State, event: Event, number: int) -> None:
         self._changes[origin] -= number
-        self._changes[target] += number
+        self._changes[TRANSITIONS[origin, event]] += number
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -368,7 +353,6 @@ class Spool:
                 raise
             self._counts = {state: number + self._changes[state] for state, number in self._counts.items()}
             self.crowded_out += self._changes[_CROWDED_OUT]
-            self._unsynced = True
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -380,5 +364,5 @@ class Spool:
 
 
 def _dead_ids(db: sqlite3.Connection, refused: int = 0, limit: int = -1) -> list[int]:
-    """Return the ids of dead letters (with `refused`, of refused ones only) in the order in which they are discarded."""
+    """Return the ids of dead letters (with `refused`, only of refused ones), those to be discarded first in front."""
     return [id_ for (id_,) in db.execute(_DEAD_IDS, (refused, limit))]

@@ -28,7 +28,7 @@ STATES_1 = ("pending", "waiting", "settling", "dead")
 
 def test_only_one_process_has_a_spool(open_spool: OpenSpool, path: str) -> None:
     first = open_spool(reserve=0)
-    with pytest.raises(SpoolBusyError, match=r"in use by another process .*fuser .*spool\.lock.*--spool-path"):
+    with pytest.raises(SpoolBusyError, match=r"in use by another process.*--spool-path.*fuser .*spool\.lock"):
         open_spool()
     assert file.is_locked(path)
     first.accept([incoming(0)])
