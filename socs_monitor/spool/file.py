@@ -85,10 +85,7 @@ INSERT INTO registrations (received, sender, message, due) SELECT received, send
 DROP TABLE former;
 """
 
-# Another version may have left a state that this one does not know.
-_REPLACE_UNKNOWN_STATES = (
-    f"UPDATE registrations SET state = '{State.PENDING}' WHERE state NOT IN {tuple(map(str, STORED))}"
-)
+_IN_UNKNOWN_STATE = f"state NOT IN {tuple(map(str, STORED))}"
 
 
 class SpoolError(Exception):
@@ -202,7 +199,8 @@ def _open_checked(path: str, busy_timeout: float) -> sqlite3.Connection:
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
-        db.execute(_REPLACE_UNKNOWN_STATES)
+        if db.execute(f"SELECT 1 FROM registrations WHERE {_IN_UNKNOWN_STATE} LIMIT 1").fetchone():
+            db.execute(f"UPDATE registrations SET state = '{State.PENDING}' WHERE {_IN_UNKNOWN_STATE}")
     except BaseException:
         db.close()
         raise

@@ -70,7 +70,7 @@ _DEAD_IDS = "SELECT id FROM registrations WHERE state = 'dead' AND refused >= ? 
 _PATHS = """
 SELECT id, state = 'registered', iif(json_valid(message), json_extract(message, '$.payload.path'), NULL)
 FROM registrations
-WHERE state != 'dead' AND id >= (SELECT min(id) FROM registrations WHERE state = 'registered') ORDER BY id
+WHERE id >= (SELECT min(id) FROM registrations WHERE state = 'registered') ORDER BY id
 """
 
 # The columns that an event changes, where it is not only `due`. Counters stay below SQLite's largest integer.
@@ -241,7 +241,7 @@ class Spool:
         """Schedule everything again at a start, when nobody holds any of it.
 
         Registered files become pending, because their fingerprints were in memory only. One stays registered if its
-        path was announced again later: that announcement takes care of the file.
+        path was announced again later, even by what is a dead letter now: the new content is not of the former key.
 
         Args:
             retry_at: Maps a number of failed attempts to the time of the next one (seconds of CLOCK_MONOTONIC).
