@@ -34,7 +34,8 @@ from socs_monitor.report import Report
 from socs_monitor.settings import Settings, make_parser, parse_args, sender_filter
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
-from socs_monitor.spool.store import Incoming, Spool
+from socs_monitor.spool.records import Incoming
+from socs_monitor.spool.store import Spool
 from socs_monitor.suprsync.archive import create_remote_path
 from socs_monitor.suprsync.database import Database
 from socs_monitor.tasks import Tasks

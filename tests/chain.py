@@ -23,8 +23,9 @@ from socs_monitor.registration.parking import Parking
 from socs_monitor.registration.registrar import Registrar, StoppedError
 from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH, QUEUE_MAX, FileQueue, Intake
+from socs_monitor.spool.records import Incoming
 from socs_monitor.spool.states import STORED
-from socs_monitor.spool.store import RECEIVED, Incoming, Spool
+from socs_monitor.spool.store import RECEIVED, Spool
 from socs_monitor.suprsync.database import Database
 from socs_monitor.wire import messages
 from socs_monitor.wire.publisher import data_file

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from socs_monitor.spool.store import Incoming
+from socs_monitor.spool.records import Incoming
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.database import Database
 from socs_monitor.wire import messages

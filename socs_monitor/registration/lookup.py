@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from socs_monitor.spool.store import Due, Registration
+from socs_monitor.spool.records import Record, Registration
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry
 from socs_monitor.wire import messages
@@ -60,7 +60,7 @@ def entry_at(registration: Registration, local_path: str) -> Entry:
     raise ArchiveError(f"the registration does not mean {local_path!r}")
 
 
-def parse(row: Due) -> Registration:
+def parse(row: Record) -> Registration:
     """Return a registration as the spool has it.
 
     Raises:

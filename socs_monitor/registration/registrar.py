@@ -42,8 +42,9 @@ from socs_monitor.registration.workers import (
 )
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import BATCH, SPOOL_ADVICE, FileQueue, Intake
+from socs_monitor.spool.records import Record, Registration, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Due, Registration, Spool, Transition
+from socs_monitor.spool.store import Spool
 from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
@@ -164,7 +165,7 @@ class Registrar:
         self._is_late = False  # whether results may have lain about since they were found
         self._database_identity = self._database.identity
         now = self._monotonic()
-        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
+        self._persist(lambda: self._intake.requeue_all(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Try dead letters (those of `ids`, or all) again now; return how many. Any thread may call it.
@@ -318,7 +319,7 @@ class Registrar:
                 else:
                     hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
 
-    def _parsed(self, rows: Iterable[Due], failed: list[Failed]) -> list[Registration]:
+    def _parsed(self, rows: Iterable[Record], failed: list[Failed]) -> list[Registration]:
         """Parse registrations of the spool; what this version cannot parse goes to `failed`."""
         registrations = []
         for row in rows:
@@ -497,7 +498,7 @@ class Registrar:
 
     # --- re-checks
 
-    def _take_up(self, due: Sequence[Due]) -> None:
+    def _take_up(self, due: Sequence[Record]) -> None:
         """Hand what is due to the workers; what they can do nothing about is a result for the next step."""
         failed: list[Failed] = []
         tasks: list[Task] = []
@@ -602,7 +603,7 @@ class Registrar:
 
     # --- what is retried in place
 
-    def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
+    def _apply(self, transitions: Sequence[Transition]) -> list[Record]:
         limit = min(self._batch, self.workers.room)
         due = self._persist(lambda: self._spool.apply(transitions, self._monotonic(), limit))
         for transition in transitions:

@@ -34,7 +34,7 @@ from socs_monitor.registration.checksum import (
 )
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.spool.store import Registration
+from socs_monitor.spool.records import Registration
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.upsert import HashedFile

@@ -172,7 +172,7 @@ def test_dead_letters_are_tried_again_by_id_or_discarded(chain: Chain, clock: Cl
     assert chain.registrar.retry() == 1
     chain.step()
     assert chain.sums() == {name: sums[name] for name in ("b.dat", "c.dat")}
-    assert [letter.id for letter in chain.spool.dead([third])] == []
+    assert [letter.id for letter in chain.spool.dead() if letter.id == third] == []
 
 
 def test_a_dead_letter_that_is_tried_again_has_its_whole_hour(chain: Chain, clock: Clock) -> None:

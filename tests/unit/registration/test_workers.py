@@ -32,7 +32,7 @@ from socs_monitor.registration.workers import (
     Verify,
     Workers,
 )
-from socs_monitor.spool.store import Registration
+from socs_monitor.spool.records import Registration
 from socs_monitor.suprsync.archive import candidates
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.publisher import data_file
