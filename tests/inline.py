@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.registration.workers import Result, Task, Workers
+from socs_monitor.registration.work import Result, Task
+from socs_monitor.registration.workers import Workers
 
 
 class InlineWorkers(Workers):
@@ -28,5 +29,7 @@ class InlineWorkers(Workers):
 
     def hash_large(self) -> None:
         """Hash all large files that were found."""
-        while self._heap:
-            self._next_slice(self._workers[1])
+        while not self._readings.empty():
+            _, _, reading = self._readings.get()
+            assert reading is not None
+            self._read_slice(self._workers[1], reading)

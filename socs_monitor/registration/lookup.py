@@ -1,4 +1,7 @@
-"""Which file a registration means, and how long to go on looking for it. Pure but for the options."""
+"""Which files a registration may mean, and the schedule of retries and re-checks.
+
+Pure. Every delay doubles up to a maximum, so that no number of attempts makes the registrar busy.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry
 from socs_monitor.wire import messages
 
-# A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
+# Seconds before the first and, after doublings, between the last attempts to read a missing file.
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 60.0
 
-# The file of a row is checked again after `Policy.settle_after`, then after twice as long each time that it changed, up
-# to this (seconds).
+# Longest delay of a re-check (seconds), unless `Policy.settle_after` is longer.
 RECHECK_MAX_S = 60.0
 
 # Doublings after which every delay has reached its maximum.
@@ -23,14 +25,15 @@ _DOUBLINGS = 20
 
 @dataclass(frozen=True)
 class Policy:
-    """How files are treated.
+    """The options that decide which files are read, by how many threads, and how long a missing file is waited for.
 
     Attributes:
-        data_roots: Absolute folders; a file outside of all of them is refused. Empty: any file is taken.
-        own: Resolved paths of the database and the spool, which no registration may name.
-        hash_workers: Number of large files hashed at a time.
-        settle_after: Seconds from the row's commit to the second look at the file.
-        give_up_after: Seconds for which a missing or unreadable file is looked for.
+        data_roots: Absolute folders (``--data-root``). A file outside of all of them is refused. If empty, any file
+            is accepted.
+        own: Resolved paths of the SupRsync database and the spool. No registration may name them.
+        hash_workers: Number of large files hashed at the same time (``--hash-workers``).
+        settle_after: Seconds from the commit of a row to the re-check of its file.
+        give_up_after: Seconds after which a missing or unreadable file becomes a dead letter (``--give-up-after``).
     """
 
     data_roots: tuple[str, ...] = ()
@@ -41,27 +44,15 @@ class Policy:
 
 
 def entries(registration: Registration) -> list[Entry]:
-    """Return the entries that a registration may mean; none if it can never become a row."""
+    """Return the entries that a registration may mean. The list is empty if it can never become a row."""
     try:
         return list(archive.candidates(registration))
     except ArchiveError:
         return []
 
 
-def entry_at(registration: Registration, local_path: str) -> Entry:
-    """Return the entry of a registration whose file was found at `local_path`.
-
-    Raises:
-        archive.ArchiveError: If there is none.
-    """
-    for entry in archive.candidates(registration):
-        if entry.local_path == local_path:
-            return entry
-    raise ArchiveError(f"the registration does not mean {local_path!r}")
-
-
 def parse(row: Due) -> Registration:
-    """Return a registration as the spool has it.
+    """Return a registration that was loaded from the spool.
 
     Raises:
         messages.MessageError: If this version cannot parse it.
@@ -71,26 +62,22 @@ def parse(row: Due) -> Registration:
 
 
 def retry_delay(attempts: int) -> float:
-    """Return the seconds until the next attempt, after `attempts` failed ones before this."""
+    """Return the seconds until the next attempt, when `attempts` had failed before the present failure."""
     return min(RETRY_FIRST_S * 2.0 ** min(attempts, _DOUBLINGS), RETRY_MAX_S)
 
 
 def is_given_up(attempts: int, give_up_after: float) -> bool:
-    """Whether a file that failed once more, after `attempts` failed attempts, was looked for long enough (seconds)."""
-    looked_for = 0.0
-    for attempt in range(min(attempts, _DOUBLINGS)):
-        looked_for += retry_delay(attempt)
-    return looked_for + max(0, attempts - _DOUBLINGS) * RETRY_MAX_S >= give_up_after
+    """Return whether the delays after `attempts` failed attempts add up to at least `give_up_after` seconds."""
+    waited = sum(retry_delay(attempt) for attempt in range(min(attempts, _DOUBLINGS)))
+    return waited + max(0, attempts - _DOUBLINGS) * RETRY_MAX_S >= give_up_after
 
 
 def recheck_delay(rounds: int, settle_after: float) -> float:
-    """Return the seconds until a registered file is checked again; `rounds` as of its `Registration`."""
+    """Return the seconds until a registered file is checked again.
+
+    Args:
+        rounds: The `rounds` of its `Registration`: the delay doubles with each change of the file.
+        settle_after: The first delay, in seconds.
+    """
     changes = max(0, rounds - 1)
     return min(settle_after * 2.0 ** min(changes, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as a person reads it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

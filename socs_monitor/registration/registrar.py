@@ -1,10 +1,9 @@
-"""The loop of ``run``: from accepted to registered.
+"""The loop of ``run``, from an accepted registration to a safe row.
 
-Each step takes what is new from ``file_queue`` and what is due in the spool, hands it to the workers, registers what
-they have hashed, and applies the transitions (`spool.states`) in one spool transaction. The loop does no file I/O. It
-has its own thread, so it may wait for the database or the spool: a write that fails is retried in place until it
-succeeds or `run` is stopped. A stop or a crash at any point leaves the spool as the truth, and repeating work is
-harmless.
+Each step takes new registrations from ``file_queue`` and due ones from the spool, hands them to the workers, writes the
+rows of files that they have hashed, and applies the transitions of `spool.states` in one spool transaction. The loop does
+no file I/O, and waits in place while the database or the spool fails. A stop or a crash at any point leaves the spool
+as the truth, and repeating work is harmless.
 """
 
 from __future__ import annotations
@@ -12,80 +11,73 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
-import random
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any
 
 from socs_monitor import crashpoint
 from socs_monitor.health import events
 from socs_monitor.health.conditions import FILE_MISSING_S
 from socs_monitor.health.health import Health
+from socs_monitor.health.units import span
 from socs_monitor.registration import lookup
+from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.registration.workers import (
+from socs_monitor.registration.retry import Retry, StoppedError
+from socs_monitor.registration.work import (
     Failed,
     FailedLarge,
-    Hash,
     Hashed,
     HashedLarge,
+    HashResult,
+    Leftover,
     Recheck,
     Rechecked,
     Result,
     Task,
     Verify,
-    Workers,
-    start_thread,
+    ids_of,
 )
-from socs_monitor.spool.file import SpoolError
-from socs_monitor.spool.intake import BATCH, SPOOL_ADVICE, FileQueue, Intake
+from socs_monitor.registration.workers import Workers, start_thread
+from socs_monitor.spool.intake import BATCH, FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Due, Registration, Spool, Transition
-from socs_monitor.suprsync.archive import ArchiveError
-from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.messages import brief
 
-T = TypeVar("T")
-
-_BACKOFF_FIRST_S = 0.05
-_BACKOFF_MAX_S = 2.0
-
-# Seconds between two looks at workers that are busy.
+# Longest wait (seconds) before the workers are supervised again while they are busy.
 _SUPERVISE_S = 0.25
 
-# Seconds between two looks whether to go on waiting for a hash.
-_ASK_S = 0.2
+# Seconds between two checks whether a hash is still wanted.
+_CHECK_WANTED_S = 0.2
 
-# Re-checks are due at whole multiples of this (seconds), since each waking of the thread costs.
+# Re-checks are due at multiples of this (seconds), since each wake-up of the thread costs.
 _RECHECK_EVERY_S = 0.5
 
-# Seconds within which a hash is as good as a look at the file immediately before its row is written.
+# Age (seconds) up to which a hash counts as fresh. The file of an older one is verified before its row is written.
 _FRESH_S = 0.5
 
 
-class StoppedError(Exception):
-    """`run` was stopped while a write was retried; the spool still has what was in hand."""
-
-
 class Registrar:
-    """Drains the intake. All methods but `stop`, `resume` and `retry` are for one thread at a time.
+    """Drains the intake. For one thread at a time, except `stop`, `resume`, `retry` and `hash_file`.
 
     Args:
-        intake: Where registrations are accepted.
-        file_queue: Where they come from.
-        spool: Where they are kept meanwhile.
-        database: Where they go.
-        health: Counts files and takes conditions.
-        policy: How files are treated.
-        debug: Called with a line for each file; None where nobody reads that.
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
-        make_workers: Makes the workers of a run.
-        wait: Waits so many seconds, but not beyond `stop`.
-        batch: Number of registrations taken up at a time.
+        intake: Accepts registrations that others put on the queue.
+        file_queue: Where new registrations come from.
+        spool: Where registrations are kept until their rows are safe.
+        database: Where the rows are written.
+        health: Counts files, and takes conditions and log lines.
+        policy: Which files are read, and how long a missing one is waited for.
+        debug: Called with a line per registered file, or None.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
+        make_workers: Creates the workers of a run.
+        wait: Waits for a number of seconds, or until `stop`.
+        batch: Largest number of registrations taken at a time.
     """
 
     def __init__(
@@ -108,66 +100,66 @@ class Registrar:
         self._spool = spool
         self._database = database
         self._health = health
+        self._conditions = health.conditions
+        self._log = health.log.log_throttled
         self._policy = policy
         self._debug = debug
         self._monotonic = monotonic
         self._make_workers = make_workers
         self._batch = batch
-        self._parking = Parking(policy.data_roots, start_thread)
+        self._parking = Parking(Access(policy.data_roots, policy.own), start_thread)
         self._stopping = threading.Event()
-        self._wait = wait or self._stopping.wait
-        self._hashing: Workers | None = None  # while they work
+        self._retry = Retry(health, self._stopping, wait or self._stopping.wait)
+        self._running: Workers | None = None  # the workers, during a run
 
     def run(self, once: bool = False) -> None:
         """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands."""
         try:
             self.begin()
             while not self._stopping.is_set():
-                worked = self.step(0.0 if once else self._patience())
-                if once and not (worked or self.workers.busy):
-                    break
+                worked = self.step(0.0 if once else self._poll_timeout())
                 if once and not worked:
-                    self._queue.take(0, self._patience())
+                    if not self.workers.busy:
+                        break
+                    self._queue.take(0, self._poll_timeout())
         except StoppedError:
             pass
         finally:
-            self._hashing = None
+            self._running = None
             self.workers.close()
             self._database.close()
             self._stopping.clear()
 
     def stop(self) -> None:
-        """Make `run` return promptly, even while hashing; what is not done stays in the spool."""
+        """Make `run` return promptly, even while hashing. Unfinished registrations stay in the spool."""
         self._stopping.set()
         self._queue.wake()
 
     def resume(self) -> None:
-        """Forget a `stop` that came when `run` had ended."""
+        """Clear a `stop` that came after `run` had returned."""
         self._stopping.clear()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but not beyond `stop`."""
+        """Wait for a number of seconds, or until `stop`."""
         self._stopping.wait(seconds)
 
     def begin(self) -> None:
-        """Start from what the spool holds.
+        """Start the workers, and make everything in the spool due.
 
         Raises:
             StoppedError: If `stop` was called while the spool could not be used.
         """
-        self.workers = self._make_workers(self._policy, self._parking, self._queue.wake)
-        self._hashing = self.workers
+        self.workers = self._running = self._make_workers(self._policy, self._parking, self._queue.wake)
         self._registered: dict[int, Recheck] = {}  # by id, until the re-check
-        self._latest: dict[str, int] = {}  # by path, the last registered of `_registered`
-        self._backoff_s = _BACKOFF_FIRST_S
-        self._waited = self._monotonic()  # when the queue was last waited for
-        self._is_late = False  # whether results may have lain about since they were found
+        self._latest: dict[str, int] = {}  # by path, the latest id of `_registered`
+        self._taken_at = self._monotonic()  # when the queue was last read
+        self._is_late = False  # whether results may be older than `_FRESH_S`
         self._database_identity = self._database.identity
         now = self._monotonic()
-        self._persist(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
+        self._retry.spool(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
-        """Try dead letters (those of `ids`, or all) again now; return how many. Any thread may call it.
+        """Make dead letters (those of `ids`, or all) pending again, and return their number. Any thread may call it.
 
         Raises:
             SpoolError: If the spool cannot be written now.
@@ -176,207 +168,221 @@ class Registrar:
         self._queue.wake()
         return retried
 
-    def hash_file(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
-        """Hash a file that is not being registered, and wait for that. Any thread may call it.
+    def hash_file(self, path: str, stopped: Callable[[], bool]) -> HashResult | None:
+        """Hash a file that is not being registered, and wait for the result. Any thread may call it.
 
         Args:
             path: The file.
-            stopped: Asked now and then whether to give up.
+            stopped: Called several times a second; when it returns True, the result is no longer wanted.
 
         Returns:
-            The result; None if the workers ended before, or `stopped` returned True.
+            The result, or None if there was none before the end of the run or before `stopped` returned True.
         """
-        answer: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
-        workers = self._hashing
-        if workers is not None:
-            workers.submit([Hash(path, answer.put)])
-        while workers is not None and self._hashing is workers and not stopped():
+        workers = self._running
+        if workers is None:
+            return None
+        answer: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+        workers.hash(path, answer.put)
+        while self._running is workers and not stopped():
             with contextlib.suppress(queue.Empty):
-                return answer.get(timeout=_ASK_S)
+                return answer.get(timeout=_CHECK_WANTED_S)
         return None
 
     def step(self, timeout: float) -> bool:
-        """Do all that can be done now; wait for something to do for at most `timeout` seconds.
+        """Do everything that can be done now, after waiting at most `timeout` seconds for something to do.
 
         Returns:
             Whether anything was done.
 
         Raises:
-            StoppedError: If `stop` was called while a write was retried.
+            StoppedError: If `stop` was called while the spool or the database failed.
         """
-        self._is_late = self.workers.has_left or self._monotonic() - self._waited > _FRESH_S
+        self._is_late = self.workers.has_left or self._monotonic() - self._taken_at > _FRESH_S
         items = self._queue.take(min(self._batch, self.workers.room), timeout)
-        self._waited = self._monotonic()
-        self.workers.submit(self._adopted(items))
+        self._taken_at = self._monotonic()
+        self.workers.submit(self._adopt(items))
         self.workers.supervise()
-        self._note_hanging()
+        self._report_parked_folders()
         results = self.workers.take()
-        due = self._apply(self._outcomes(results))
-        if due:
-            self._take_up(due)
+        due = self._apply(self._evaluate_safely(results))
+        self._submit_due(due)
         return bool(items or results or due)
 
-    def _patience(self) -> float:
-        """Seconds until there is something to do by itself."""
+    def _poll_timeout(self) -> float:
+        """Return the seconds until there is something to do, even if nothing arrives."""
         if not self.workers.room:
             return _SUPERVISE_S
         longest = _SUPERVISE_S if self.workers.busy else lookup.RETRY_MAX_S
         return min(max(0.0, self._spool.next_due - self._monotonic()), longest)
 
-    def _adopted(self, items: Sequence[dict[str, object]]) -> list[Registration]:
+    def _adopt(self, items: Sequence[dict[str, object]]) -> list[Registration]:
+        """Put items into the spool that something other than the intake put on the queue."""
         registrations = [item for item in items if isinstance(item, Registration)]
         if len(registrations) < len(items):
             foreign = [item for item in items if not isinstance(item, Registration)]
             try:
-                registrations += self._persist(lambda: self._intake.adopt(foreign))
+                registrations += self._retry.spool(lambda: self._intake.adopt(foreign))
             except StoppedError:
-                for item in foreign:  # of which the spool has nothing yet
+                for item in foreign:  # they are nowhere else
                     self._queue.put(item)
                 raise
         return registrations
 
-    def _note_hanging(self) -> None:
+    def _report_parked_folders(self) -> None:
         if folders := self._parking.folders:
-            self._health.conditions.set_condition(
+            self._conditions.set_condition(
                 "disk_hangs",
                 f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere"
-                " are not affected. The disk is tried again every minute. Check it with: df -h",
+                " are not affected. The disk is probed every minute. Check it with: df -h",
             )
         else:
-            self._health.conditions.clear_condition("disk_hangs", "all disks answer again")
+            self._conditions.clear_condition("disk_hangs", "all disks answer again")
+
+    def _submit_due(self, due: Sequence[Due]) -> None:
+        """Hand due registrations to the workers. Those that need no worker are results of the next step."""
+        results: list[Failed | Leftover] = []
+        tasks: list[Task] = []
+        for row in due:
+            if row.state == State.REGISTERED:
+                if (recheck := self._registered.get(row.id)) is not None:
+                    tasks.append(recheck)
+                else:
+                    results.append(Leftover(row.id))
+        registrations, unparsable = _parse([row for row in due if row.message is not None])
+        self.workers.submit([*tasks, *registrations])
+        self.workers.add([*results, *unparsable])
+
+    def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
+        """Apply transitions, and return what is due."""
+        limit = min(self._batch, self.workers.room)
+        due = self._retry.spool(lambda: self._spool.apply(transitions, self._monotonic(), limit))
+        for transition in transitions:
+            if transition.event is Event.COMMITTED:
+                crashpoint.reach("settling")
+            elif transition.event is Event.UNCHANGED:
+                crashpoint.reach("settled")
+        return due
 
     # --- from results to transitions
 
-    def _outcomes(self, results: list[Result]) -> list[Transition]:
-        """Return what results mean. An error that nobody expected is the failure of one result, not of all."""
+    def _evaluate_safely(self, results: Sequence[Result]) -> list[Transition]:
+        """Evaluate results. If that fails unexpectedly twice, they are evaluated one by one.
+
+        A registration that fails alone, again twice, becomes a dead letter. So it stops no other registration.
+        """
         for _ in range(2):
             try:
                 return self._evaluate(results)
             except StoppedError:
                 raise
-            except Exception as error:  # noqa: BLE001 (files go on being registered, whatever it is)
-                self._report_unexpected(error)
-        transitions: list[Transition] = []
-        for result in results:
-            try:
-                transitions += self._evaluate([result])
-            except StoppedError:
-                raise
-            except Exception as error:  # noqa: BLE001 (this one alone is given up)
-                self._report_unexpected(error)
-                transitions += self._culprit(result, f"unexpected error {error!r}. Please report it")
-        return transitions
-
-    def _report_unexpected(self, error: Exception) -> None:
-        text = f"Unexpected error {error!r}. Registration goes on. Please report it"
-        self._health.log.log_throttled("error", "internal_error", text, traceback=traceback.format_exc())
-
-    def _culprit(self, result: Result, reason: str) -> list[Transition]:
-        if isinstance(result, (Recheck, Rechecked)):
-            due = self._monotonic() + lookup.RECHECK_MAX_S
-            return [Transition(State.REGISTERED, Event.UNREADABLE, [result.id], due, brief(reason))]
-        ids = result.ids if isinstance(result, (HashedLarge, FailedLarge)) else [result.registration.id]
-        return [Transition(State.PENDING, Event.GIVEN_UP, ids, reason=brief(reason))]
+            except Exception as error:  # noqa: BLE001 (registration must go on, whatever happens)
+                reason = f"Unexpected error {error!r}. Please report it"
+                text = f"{reason}. Registration goes on"
+                self._log("error", "internal_error", text, traceback=traceback.format_exc())
+        parts = [part for result in results for part in _split(result)]
+        if len(parts) > 1:
+            return [transition for part in parts for transition in self._evaluate_safely([part])]
+        (id_,) = ids_of(parts[0])
+        self._forget(id_)
+        origin = State.REGISTERED if isinstance(parts[0], (Rechecked, Leftover)) else State.PENDING
+        return [Transition(origin, Event.GIVEN_UP, [id_], reason=brief(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
         transitions: list[Transition] = []
         hashed: list[Hashed] = []
         failed: list[Failed] = []
-        rechecked: list[Recheck | Rechecked] = []
+        rechecked: list[Rechecked] = []
+        leftover: list[int] = []
         for result in results:
             if isinstance(result, Hashed):
                 hashed.append(result)
-            elif isinstance(result, (Recheck, Rechecked)):
-                rechecked.append(result)
             elif isinstance(result, Failed):
                 failed.append(result)
+            elif isinstance(result, Rechecked) and result.task.id in self._registered:
+                rechecked.append(result)
+            elif isinstance(result, (Rechecked, Leftover)):
+                leftover += ids_of(result)
             else:
-                self._expand(result, hashed, failed)
+                for one in self._load(result):
+                    (hashed if isinstance(one, Hashed) else failed).append(one)  # type: ignore[arg-type]
         if hashed:
             crashpoint.reach("hashed")
-            refused = self._register(hashed, transitions)
-            failed += refused
+            failed += self._register(hashed, transitions)
         if failed:
-            transitions += self._judge(failed)
+            transitions += self._evaluate_failures(failed)
+        if leftover:
+            transitions += self._evaluate_leftovers(leftover)
         if rechecked:
-            transitions += self._conclude(rechecked)
+            transitions += self._evaluate_rechecks(rechecked)
         return transitions
 
-    def _expand(self, result: HashedLarge | FailedLarge, hashed: list[Hashed], failed: list[Failed]) -> None:
-        """Turn the result of a large file into results of its registrations, which only the spool has by now."""
-        for start in range(0, len(result.ids), self._batch):
-            some = result.ids[start : start + self._batch]
-            rows = self._persist(lambda some=some: self._spool.load(some))  # type: ignore[misc]
-            for registration in self._parsed(rows, failed):
-                if isinstance(result, FailedLarge):
-                    failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
-                    continue
-                try:
-                    entry = lookup.entry_at(registration, result.path)
-                except ArchiveError as error:
-                    failed.append(Failed(registration, brief(str(error)), refused=True))
-                else:
-                    hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
+    def _load(self, result: HashResult) -> list[Hashed | Failed]:
+        """Return a result per registration of a large file. Until now only the spool has had those registrations."""
+        registrations, unparsable = _parse(self._retry.spool(lambda: self._spool.load(result.ids)))
+        loaded: list[Hashed | Failed] = [*unparsable]
+        for registration in registrations:
+            if isinstance(result, FailedLarge):
+                loaded.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
+                continue
+            entry = next((one for one in lookup.entries(registration) if one.local_path == result.path), None)
+            if entry is not None:
+                loaded.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
+            else:
+                loaded.append(Failed(registration, brief(f"it does not name {result.path}"), refused=True))
+        return loaded
 
-    def _parsed(self, rows: Iterable[Due], failed: list[Failed]) -> list[Registration]:
-        """Parse registrations of the spool; what this version cannot parse goes to `failed`."""
-        registrations = []
-        for row in rows:
-            try:
-                registrations.append(lookup.parse(row))
-            except Exception as error:  # noqa: BLE001 (whatever is in the spool, it must not stop the others)
-                unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
-                failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
-        return registrations
+    # --- pending registrations
 
     def _register(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Failed]:
-        """Write rows for hashed files; return those that can have none."""
+        """Write the rows of hashed files, and return the registrations that the database refuses."""
         refused: list[Failed] = []
+        must_verify = self._is_late
+
+        def write() -> list[Outcome]:
+            nonlocal hashed, must_verify
+            if must_verify:
+                hashed = self._verify(hashed)
+            must_verify = True  # files may change while the database is waited for
+            begin = time.perf_counter()
+            outcomes = self._database.register([one.file for one in hashed]) if hashed else []
+            if outcomes:
+                self._health.counters.writes.wrote(time.perf_counter() - begin)
+            return outcomes
+
         if any(one.registration.rounds for one in hashed):
             hashed = self._without_superseded(hashed, transitions)
-        if self._is_late:
-            hashed = self._verified(hashed)
         while hashed:
-            begin = time.perf_counter()
-            try:
-                outcomes = self._database.register([one.file for one in hashed])
-            except DatabaseUnavailableError as error:
-                self._unavailable(error)
-                hashed = self._verified(hashed)
+            outcomes = self._retry.database(write)
+            if not outcomes:  # the write lock was waited for
                 continue
-            if not outcomes:  # the write lock was waited for, and files may have changed meanwhile
-                hashed = self._verified(hashed)
-                continue
-            self._health.counters.writes.wrote(time.perf_counter() - begin)
-            self._succeeded("database", "the database can be written again")
+            must_verify = False
             crashpoint.reach("committed")
-            if self._database.identity != self._database_identity:
-                # another file than before: what was committed to that one is not in this one
+            if self._database.identity != self._database_identity:  # earlier rows are in another file
                 transitions.append(self._restart_registered())
                 self._database_identity = self._database.identity
-            written = hashed[: len(outcomes)]
-            hashed = hashed[len(outcomes) :]
-            first: list[str] = []
-            registered: list[Hashed] = []
-            for one, (changed, refusal) in zip(written, outcomes, strict=True):
-                registration = one.registration
-                if refusal is not None:
+            committed: list[Hashed] = []
+            new: list[str] = []
+            for one, (changed, refusal) in zip(hashed, outcomes, strict=False):
+                registration, path = one.registration, one.file.entry.local_path
+                if refusal is None:
+                    committed.append(one)
+                    if changed and not registration.rounds:
+                        new.append(registration["pub_id"])
+                else:
                     refused.append(Failed(registration, brief(refusal), refused=True))
-                    if one.file.entry.local_path in self._latest:  # the new content does not belong to the earlier key
-                        self._latest[one.file.entry.local_path] = registration.id
-                    continue
-                registered.append(one)
-                if changed and not registration.rounds:
-                    first.append(registration["pub_id"])
-            if registered:
-                self._health.count_registered(len(registered), first, registered[-1].file.entry.local_path)
-                transitions += self._committed(registered)
+                    if path in self._latest:  # the new content does not belong to the earlier key
+                        self._latest[path] = registration.id
+            if committed:
+                self._health.count_registered(len(committed), new, committed[-1].file.entry.local_path)
+                transitions += self._schedule_rechecks(committed)
+            hashed = hashed[len(outcomes) :]
         return refused
 
-    def _without_superseded(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Hashed]:
-        """Leave out files that have a row already and were announced again later, under whatever key.
+    def _without_superseded(self, hashed: Sequence[Hashed], transitions: list[Transition]) -> list[Hashed]:
+        """Settle registrations that have a row, and whose path was announced again later, under whatever key.
 
-        That announcement takes care of the new content. Under the former key it would replace the archived version.
+        The later announcement takes care of the new content. Under the earlier key, that content would replace the
+        archived version.
         """
         latest: dict[str, int] = {}
         for registration, file, _ in hashed:
@@ -387,14 +393,14 @@ class Registrar:
             for one in hashed
             if one.registration.rounds and latest[one.file.entry.local_path] != one.registration.id
         ]
-        superseded = self._until_available(lambda: self._have_rows(earlier)) if earlier else set()
+        superseded = self._retry.database(lambda: self._with_rows(earlier)) if earlier else set()
         if superseded:
-            self._sync()
+            self._retry.database(self._database.sync)
             transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
         return [one for one in hashed if one.registration.id not in superseded]
 
-    def _verified(self, hashed: list[Hashed]) -> list[Hashed]:
-        """Return those files that are still what was hashed; the others go back to the workers."""
+    def _verify(self, hashed: Sequence[Hashed]) -> list[Hashed]:
+        """Return the files that have not changed since they were hashed. The others go back to the workers."""
         answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
         self.workers.submit([Verify(one) for one in hashed], answers.put)
         results: list[Result] = []
@@ -402,37 +408,34 @@ class Registrar:
             with contextlib.suppress(queue.Empty):
                 results += answers.get(timeout=_SUPERVISE_S)
             self.workers.supervise()
-            self._check_stopping()
-        verified = [result for result in results if isinstance(result, Hashed)]
+            self._retry.check_stopped()
         self.workers.submit([result.registration for result in results if isinstance(result, Failed)])
-        return verified
+        return [result for result in results if isinstance(result, Hashed)]
 
-    def _committed(self, registered: Sequence[Hashed]) -> list[Transition]:
-        """Return the transitions of files whose rows were committed, and remember what their re-check needs."""
-        by_rounds: dict[int, list[int]] = {}
-        for registration, (entry, md5), fingerprint in registered:
-            id_, path, rounds = registration.id, entry.local_path, registration.rounds
+    def _schedule_rechecks(self, committed: Sequence[Hashed]) -> list[Transition]:
+        """Remember what the re-checks of files need whose rows were committed."""
+        by_rounds: dict[int, list[int]] = defaultdict(list)
+        for registration, (entry, md5), fingerprint in committed:
+            id_, path = registration.id, entry.local_path
             before: tuple[int, ...] = ()
             if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
                 before = (*self._registered[former].before, former)
             self._latest[path] = id_
             self._registered[id_] = Recheck(id_, path, fingerprint, before)
-            by_rounds.setdefault(rounds, []).append(id_)
+            by_rounds[registration.rounds].append(id_)
             if self._debug is not None:
                 where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
                 keys = {"id": registration["pub_id"], **where, "md5": md5}
                 self._debug(events.line("registered", "registered", keys))
-        return [
-            Transition(State.PENDING, Event.COMMITTED, ids, self._recheck_at(rounds))
-            for rounds, ids in by_rounds.items()
-        ]
+        transitions: list[Transition] = []
+        for rounds, ids in by_rounds.items():
+            due = self._monotonic() + lookup.recheck_delay(rounds, self._policy.settle_after)
+            due = math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
+            transitions.append(Transition(State.PENDING, Event.COMMITTED, ids, due))
+        return transitions
 
-    def _recheck_at(self, rounds: int) -> float:
-        due = self._monotonic() + lookup.recheck_delay(rounds, self._policy.settle_after)
-        return math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
-
-    def _judge(self, failed: Sequence[Failed]) -> list[Transition]:
-        """Let what failed wait or die; what has a row already is settled."""
+    def _evaluate_failures(self, failed: Sequence[Failed]) -> list[Transition]:
+        """Refuse registrations that can never become rows; schedule a retry of the others, or give them up."""
         transitions: list[Transition] = []
         given_up: list[Failed] = []
         now = self._monotonic()
@@ -440,39 +443,38 @@ class Registrar:
         for failure in failed:
             registration, reason, refused, _ = failure
             if refused:
-                self._log_dead(registration, reason, refused=True)
-                transitions.append(Transition(State.PENDING, Event.REFUSED, [registration.id], reason=reason))
+                transitions.append(self._refuse(State.PENDING, registration, reason))
             elif lookup.is_given_up(registration.attempts, self._policy.give_up_after):
                 given_up.append(failure)
             else:
                 due = now + lookup.retry_delay(registration.attempts)
                 transitions.append(Transition(State.PENDING, Event.FAILED, [registration.id], due, reason))
                 if not registration.attempts:
-                    text = f"waiting for a file that cannot be read yet: {reason}"
-                    self._health.log.log_throttled("info", "waiting", text, id=registration["pub_id"])
-        if given_up:
-            transitions += self._give_up(given_up)
-        return transitions
+                    text = f"A file cannot be read yet and is retried: {reason}"
+                    self._log("info", "waiting", text, id=registration["pub_id"])
+        return transitions + self._give_up(given_up) if given_up else transitions
 
     def _give_up(self, failed: Sequence[Failed]) -> list[Transition]:
-        transitions: list[Transition] = []
+        """Settle registrations that have a row; the others become dead letters."""
         try:
-            known = self._have_rows([failure.registration for failure in failed])
+            known = self._with_rows([failure.registration for failure in failed])
         except DatabaseUnavailableError as error:
             due = self._monotonic() + lookup.RETRY_MAX_S
             reason = brief(f"{failed[0].reason}; {error}")
             return [Transition(State.PENDING, Event.FAILED, [one.registration.id for one in failed], due, reason)]
+        transitions = [Transition(State.PENDING, Event.KNOWN, list(known))]
+        limit = self._policy.give_up_after
         for registration, reason, *_ in failed:
-            if registration.id in known:
-                transitions.append(Transition(State.PENDING, Event.KNOWN, [registration.id]))
-                continue
-            reason = f"{reason}, given up after {lookup.duration(self._policy.give_up_after)}"
-            self._log_dead(registration, reason, refused=False)
-            transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
+            if registration.id not in known:
+                reason = f"{reason}, given up {f'after {span(limit)}' if limit else 'at once'}"
+                text = f"Registration {registration.id} became a dead letter: {reason}. Run: socs-monitor failed list"
+                self._log("error", "file_missing", text, **_keys(registration))
+                self._conditions.set_condition_for("file_missing", text, FILE_MISSING_S)
+                transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
         return transitions
 
-    def _have_rows(self, registrations: Sequence[Registration]) -> set[int]:
-        """Return the ids of those of which a row tells: they were registered, or archived and removed.
+    def _with_rows(self, registrations: Sequence[Registration]) -> set[int]:
+        """Return the ids of registrations whose key has a row: they were registered, or archived and removed.
 
         Raises:
             DatabaseUnavailableError: If the database cannot be read now.
@@ -485,176 +487,102 @@ class Registrar:
             if any(row.is_of(entry) for entry in some for row in rows.get(entry.local_path, ()))
         }
 
-    def _log_dead(self, registration: Registration, reason: str, *, refused: bool) -> None:
-        keys = {"sender": registration.sender, "id": registration["pub_id"], "path": registration["path"]}
-        if refused:
-            text = f"registration {registration.id} was refused, a dead letter: {reason}"
-            self._health.log.log_throttled("warn", "refused", text, **keys)
-        else:
-            text = f"registration {registration.id} became a dead letter: {reason}. Run: socs-monitor failed list"
-            self._health.log.log_throttled("error", "file_missing", text, **keys)
-            self._health.conditions.set_condition_for("file_missing", text, FILE_MISSING_S)
+    def _refuse(self, origin: State, registration: Registration, reason: str) -> Transition:
+        text = f"Registration {registration.id} was refused and became a dead letter: {reason}"
+        self._log("warn", "refused", text, **_keys(registration))
+        return Transition(origin, Event.REFUSED, [registration.id], reason=reason)
 
-    # --- re-checks
+    def _withdraw(self, registrations: Sequence[Registration]) -> None:
+        """Keep SupRsync from files that are refused now, but may have rows from before."""
+        if entries := [entry for registration in registrations for entry in lookup.entries(registration)]:
+            self._retry.database(lambda: self._database.withdraw(entries))
 
-    def _take_up(self, due: Sequence[Due]) -> None:
-        """Hand what is due to the workers; what they can do nothing about is a result for the next step."""
-        failed: list[Failed] = []
-        tasks: list[Task] = []
-        unknown: list[Rechecked] = []
-        for row in due:
-            if row.state == State.REGISTERED:
-                if (known := self._registered.get(row.id)) is not None:
-                    tasks.append(known)
-                else:
-                    unknown.append(Rechecked(row.id))
-        tasks += self._parsed([row for row in due if row.message is not None], failed)
-        self.workers.submit(tasks)
-        if failed or unknown:
-            self.workers.add([*failed, *unknown])
+    # --- registered files
 
-    def _conclude_unknown(self, ids: Sequence[int]) -> list[Transition]:
-        """Conclude registered files that a former run left behind, and whose path was announced again later.
+    def _evaluate_rechecks(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
+        """Settle registered files that are unchanged, missing or superseded, and register changed ones again."""
+        if self._database.is_replaced() or self._database.identity != self._database_identity:
+            return [self._restart_registered()]
+        by_event: dict[Event, list[int]] = defaultdict(list)
+        refused: dict[int, str] = {}
+        for task, event, reason in rechecked:
+            if self._registered.get(task.id) is not task:  # it was restarted in the meantime
+                continue
+            if event is Event.REFUSED:
+                refused[task.id] = reason
+            elif event is Event.UNCHANGED or event is Event.MISSING:
+                by_event[event] += (task.id, *task.before)
+            elif event is Event.CHANGED and self._latest.get(task.path) != task.id:
+                by_event[Event.SUPERSEDED].append(task.id)
+            else:
+                by_event[event].append(task.id)
+                if event is Event.CHANGED:
+                    text = "A file changed after it was registered, and is registered again"
+                    self._log("info", "changed", text, path=task.path)
+        if by_event.keys() & {Event.UNCHANGED, Event.MISSING, Event.SUPERSEDED}:
+            self._retry.database(self._database.sync)
+        due = {Event.CHANGED: 0.0, Event.UNREADABLE: self._monotonic() + lookup.RECHECK_MAX_S}
+        transitions = [Transition(State.REGISTERED, event, ids, due.get(event)) for event, ids in by_event.items()]
+        if refused:  # links were retargeted after their files were hashed
+            registrations, unparsable = _parse(self._retry.spool(lambda: self._spool.load(list(refused))))
+            self._withdraw(registrations)
+            for registration in (*registrations, *(failure.registration for failure in unparsable)):
+                transitions.append(self._refuse(State.REGISTERED, registration, refused[registration.id]))
+        by_event.pop(Event.UNREADABLE, None)
+        for ids in (refused, *by_event.values()):  # last, when nothing can fail any more
+            for id_ in ids:
+                self._forget(id_)
+        return transitions
 
-        Those that have their row are done. The others, if the database was replaced meanwhile, are registered again.
+    def _evaluate_leftovers(self, ids: Sequence[int]) -> list[Transition]:
+        """Settle files of a former run whose path was announced again later, if their rows are in the database.
+
+        If not, because the database was replaced, they are registered again.
         """
-        failed: list[Failed] = []
-        rows = [row for row in self._persist(lambda: self._spool.load(ids)) if row.state == State.REGISTERED]
-        registrations = self._parsed(rows, failed)
-        known = self._until_available(lambda: self._have_rows(registrations))
-        lost = [registration.id for registration in registrations if registration.id not in known]
+        rows = self._retry.spool(lambda: self._spool.load(ids))
+        registrations, unparsable = _parse([row for row in rows if row.state == State.REGISTERED])
+        known = self._retry.database(lambda: self._with_rows(registrations))
         if known:
-            self._sync()
+            self._retry.database(self._database.sync)
+        lost = [registration.id for registration in registrations if registration.id not in known]
         return [
             Transition(State.REGISTERED, Event.SUPERSEDED, list(known)),
             Transition(State.REGISTERED, Event.RESTARTED, lost, due=0.0),
-            *(
-                Transition(State.REGISTERED, Event.REFUSED, [failure.registration.id], reason=failure.reason)
-                for failure in failed
-            ),
+            *(self._refuse(State.REGISTERED, failure.registration, failure.reason) for failure in unparsable),
         ]
 
-    def _conclude(self, rechecked: Sequence[Recheck | Rechecked]) -> list[Transition]:
-        """Settle registered files that are as they were hashed, and register again those that changed."""
-        unknown = [result.id for result in rechecked if result.id not in self._registered]
-        transitions = self._conclude_unknown(unknown) if unknown else []
-        if self._database.is_replaced() or self._database.identity != self._database_identity:
-            return [*transitions, self._restart_registered()]
-        by_event: dict[Event, list[int]] = {}
-        concluded: list[int] = []
-        for result in rechecked:
-            id_ = result.id
-            if (known := self._registered.get(id_)) is None:
-                continue
-            if isinstance(result, Recheck):
-                if result is known:
-                    by_event.setdefault(Event.UNCHANGED, []).extend((id_, *known.before))
-                continue  # it is forgotten below
-            if result.refusal is not None:
-                transitions.append(self._refuse(id_, result.refusal))
-            elif result.error is not None:
-                due = self._monotonic() + lookup.RECHECK_MAX_S
-                transitions.append(Transition(State.REGISTERED, Event.UNREADABLE, [id_], due, result.error))
-                continue
-            elif result.missing:
-                by_event.setdefault(Event.MISSING, []).extend((id_, *known.before))
-            elif self._latest.get(known.path) != id_:
-                by_event.setdefault(Event.SUPERSEDED, []).append(id_)
-            else:
-                text = "a file changed after it was registered, and is registered again"
-                self._health.log.log_throttled("info", "changed", text, path=known.path)
-                transitions.append(Transition(State.REGISTERED, Event.CHANGED, [id_], due=0.0))
-            concluded.append(id_)
-        if by_event:
-            self._sync()
-        for event, ids in by_event.items():
-            concluded += ids
-            transitions.append(Transition(State.REGISTERED, event, ids))
-        for id_ in concluded:  # once nothing can fail any more
-            self._forget(id_)
-        return transitions
-
-    def _forget(self, id_: int) -> None:
-        known = self._registered.pop(id_, None)
-        if known is not None and self._latest.get(known.path) not in self._registered:
-            self._latest.pop(known.path, None)
-
-    def _refuse(self, id_: int, reason: str) -> Transition:
-        """Make a registered file a dead letter that is refused now: a link was retargeted after it was hashed."""
-        failed: list[Failed] = []
-        registrations = self._parsed(self._persist(lambda: self._spool.load([id_])), failed)
-        self._withdraw(registrations)
-        for registration in registrations:
-            self._log_dead(registration, reason, refused=True)
-        return Transition(State.REGISTERED, Event.REFUSED, [id_], reason=reason)
-
-    def _withdraw(self, registrations: Sequence[Registration]) -> None:
-        """Keep SupRsync from what a path leads to now: its row may be from before that was so."""
-        if entries := [entry for registration in registrations for entry in lookup.entries(registration)]:
-            self._until_available(lambda: self._database.withdraw(entries))
-
     def _restart_registered(self) -> Transition:
-        """Register all again whose rows may not be in the database that is there now."""
+        """Register all files again whose rows may be missing, because the database was replaced."""
         ids = list(self._registered)
         self._registered.clear()
         self._latest.clear()
         return Transition(State.REGISTERED, Event.RESTARTED, ids, due=0.0)
 
-    # --- what is retried in place
+    def _forget(self, id_: int) -> None:
+        recheck = self._registered.pop(id_, None)
+        if recheck is not None and self._latest.get(recheck.path) not in self._registered:
+            self._latest.pop(recheck.path, None)
 
-    def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
-        limit = min(self._batch, self.workers.room)
-        due = self._persist(lambda: self._spool.apply(transitions, self._monotonic(), limit))
-        for transition in transitions:
-            if transition.event is Event.COMMITTED:
-                crashpoint.reach("settling")
-            elif transition.event is Event.UNCHANGED:
-                crashpoint.reach("settled")
-        return due
 
-    def _persist(self, operation: Callable[[], T]) -> T:
-        """Do an operation on the spool, again and again until it succeeds."""
-        while True:
-            try:
-                result = operation()
-            except SpoolError as error:
-                text = f"{error}. Nothing is lost; it is tried again. {SPOOL_ADVICE}"
-                self._health.conditions.set_condition("spool_update", text)
-                self._back_off()
-            else:
-                self._succeeded("spool_update", "the spool can be used again")
-                return result
+def _split(result: Result) -> list[Result]:
+    """Return a result per registration."""
+    if isinstance(result, (HashedLarge, FailedLarge)):
+        return [result._replace(ids=[id_]) for id_ in result.ids]
+    return [result]
 
-    def _until_available(self, operation: Callable[[], T]) -> T:
-        """Do an operation on the database, again and again until it succeeds."""
-        while True:
-            try:
-                result = operation()
-            except DatabaseUnavailableError as error:
-                self._unavailable(error)
-            else:
-                self._succeeded("database", "the database can be used again")
-                return result
 
-    def _sync(self) -> None:
-        """Have the rows of what is settled on the disk: a power cut takes what is not."""
-        self._until_available(self._database.sync)
+def _parse(rows: Iterable[Due]) -> tuple[list[Registration], list[Failed]]:
+    """Parse registrations of the spool; those that this version cannot parse are failures."""
+    registrations: list[Registration] = []
+    failed: list[Failed] = []
+    for row in rows:
+        try:
+            registrations.append(lookup.parse(row))
+        except Exception as error:  # noqa: BLE001 (whatever the spool holds, it must not stop the others)
+            unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
+            failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
+    return registrations, failed
 
-    def _unavailable(self, error: DatabaseUnavailableError) -> None:
-        self._health.counters.writes.errors += 1
-        text = f"{error}. Registrations are kept in the spool until it works again"
-        self._health.conditions.set_condition("database", text)
-        self._back_off()
 
-    def _succeeded(self, condition: str, text: str) -> None:
-        self._backoff_s = _BACKOFF_FIRST_S
-        self._health.conditions.clear_condition(condition, text)
-
-    def _back_off(self) -> None:
-        self._wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
-        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
-        self._check_stopping()
-
-    def _check_stopping(self) -> None:
-        if self._stopping.is_set():
-            raise StoppedError
+def _keys(registration: Registration) -> dict[str, Any]:
+    return {"sender": registration.sender, "id": registration["pub_id"], "path": registration["path"]}

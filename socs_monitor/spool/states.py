@@ -29,7 +29,7 @@ class Event(StrEnum):
 
     COMMITTED = "its row was committed"
     FAILED = "its file is missing, unreadable or hanging, or an unexpected error occurred"
-    GIVEN_UP = "the same, for longer than --give-up-after"
+    GIVEN_UP = "the same, for longer than --give-up-after; or an unexpected error, twice"
     KNOWN = "the same, but its key has a row"
     REFUSED = "it can never become a row"
     DUE = "its delay is over"
@@ -57,6 +57,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.REGISTERED, Event.UNREADABLE): State.REGISTERED,
     (State.REGISTERED, Event.RESTARTED): State.PENDING,
     (State.REGISTERED, Event.REFUSED): State.DEAD,
+    (State.REGISTERED, Event.GIVEN_UP): State.DEAD,
     (State.DEAD, Event.RETRIED): State.PENDING,
     (State.DEAD, Event.DISCARDED): State.DISCARDED,
 }

@@ -244,7 +244,7 @@ def test_a_file_that_was_given_up_degrades_for_an_hour_and_one_that_was_refused_
         clock.advance(60)
     reason = bench.degraded()["file_missing"]
 
-    assert "never_comes: No such file or directory, given up after 60 min" in reason
+    assert "never_comes: No such file or directory, given up after 1 h" in reason
     ((level, text),) = bench.lines("file_missing")
     assert level == "error"
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.wire.publisher import data_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from socs_monitor import crashpoint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
 from tests.chain import Chain, Clock, execute, md5, write_lock
 
 SETTLE_S = 5.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH
 from socs_monitor.wire.publisher import data_file
@@ -152,7 +152,7 @@ def test_a_file_that_never_comes_is_a_dead_letter_with_its_reason(chain: Chain, 
     ((name, reason, refused),) = chain.dead_letters()
     assert (name, refused) == ("never.dat", False)
     assert "No such file" in reason
-    assert "given up after 60 min" in reason
+    assert "given up after 1 h" in reason
     assert len([text for level, text in chain.said if level == "error"]) == 1
     assert len(chain.said) < 5, "a line a state change, not one a look"
 

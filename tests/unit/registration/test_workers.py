@@ -14,24 +14,22 @@ import pytest
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access, present_fingerprint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.parking import MAX_FOLDERS, Parking
-from socs_monitor.registration.workers import (
-    HANG_S,
-    HANGS,
-    MAX_TASKS,
-    STALL_S,
+from socs_monitor.registration.parking import MAX_FOLDERS, HungError, Parking
+from socs_monitor.registration.work import (
     Failed,
     FailedLarge,
-    Hash,
     Hashed,
     HashedLarge,
+    HashResult,
+    Leftover,
     Recheck,
     Rechecked,
     Result,
     Task,
     Verify,
-    Workers,
 )
+from socs_monitor.registration.workers import HANG_S, MAX_TASKS, STALL_S, Workers
+from socs_monitor.spool.states import Event
 from socs_monitor.spool.store import Registration
 from socs_monitor.suprsync.archive import candidates
 from socs_monitor.suprsync.upsert import HashedFile
@@ -39,6 +37,7 @@ from socs_monitor.wire.publisher import data_file
 from tests.chain import Clock, md5, write_file
 from tests.testbed.processes import wait_until
 
+HANGS = str(HungError())
 SMALL = 10
 LARGE = b"more than the quick worker hashes"
 
@@ -86,7 +85,7 @@ class Bench:
         self._spawned: list[threading.Thread] = []
         self.results: list[Result] = []
         policy = Policy(data_roots=(str(root),), hash_workers=options.pop("hash_workers", 2))
-        self.parking = options.pop("parking", Parking)(policy.data_roots, self.spawn)
+        self.parking = options.pop("parking", Parking)(Access(policy.data_roots), self.spawn)
         options = {"small": SMALL, **options}
         self.workers = Workers(
             policy, self.parking, lambda: None, spawn=self.spawn, monotonic=clock.monotonic, **options
@@ -170,9 +169,9 @@ def reasons(results: list[Result]) -> dict[int, str | None]:
     for result in results:
         if isinstance(result, (HashedLarge, FailedLarge)):
             found.update(dict.fromkeys(result.ids, result.reason if isinstance(result, FailedLarge) else None))
-        elif isinstance(result, (Recheck, Rechecked)):
-            found[result.id] = (result.refusal or result.error) if isinstance(result, Rechecked) else None
-        else:
+        elif isinstance(result, Rechecked):
+            found[result.task.id] = result.reason or None
+        elif not isinstance(result, Leftover):
             found[result.registration.id] = result.reason if isinstance(result, Failed) else None
     return found
 
@@ -264,13 +263,18 @@ def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
     os.mkdir(bench.path("folder"))
     os.symlink("loop", bench.path("loop"))
     bench.submit(*(Recheck(id_, bench.path(name), fingerprints[name]) for id_, name in enumerate(fingerprints)))
-    *first, folder, loop = bench.wait(6)
-    unchanged = Recheck(0, bench.path("same"), fingerprints["same"])
-    assert first == [unchanged, Rechecked(1), Rechecked(2), Rechecked(3, missing=True)]
-    assert isinstance(folder, Rechecked)
-    assert "a directory" in str(folder.refusal)
-    assert isinstance(loop, Rechecked)
-    assert "symbolic links" in str(loop.error)
+    results = [result for result in bench.wait(6) if isinstance(result, Rechecked)]
+    assert [result.event for result in results] == [
+        Event.UNCHANGED,
+        Event.CHANGED,
+        Event.CHANGED,
+        Event.MISSING,
+        Event.REFUSED,
+        Event.UNREADABLE,
+    ]
+    assert [result.task.id for result in results] == list(range(6))
+    assert "a directory" in results[4].reason
+    assert "symbolic links" in results[5].reason
 
 
 def test_a_verified_file_is_still_what_was_hashed(bench: Bench) -> None:
@@ -318,11 +322,12 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     blockers = [bench.path(f"blocker{number}") for number in range(2)]  # one for each of the two
     for number, blocker in enumerate(blockers):
         bench.write(f"blocker{number}", LARGE)
-        bench.submit(Hash(blocker, lambda _: None))
+        bench.workers.hash(blocker, lambda _: None)
         hang.add(blocker)
     wait_until(lambda: len(hang.hanging) == 2, 20, "both are at work")
-    answers: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
-    bench.submit(*(bench.registration("large", number) for number in range(300)), Hash(path, answers.put))
+    answers: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+    bench.workers.hash(path, answers.put)
+    bench.submit(*(bench.registration("large", number) for number in range(300)))
     wait_until(lambda: not bench.workers._tasks, 20, "all are looked up")
     if not succeeds:
         os.unlink(path)
@@ -330,7 +335,7 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     (result,) = bench.wait_idle()
     assert isinstance(result, HashedLarge if succeeds else FailedLarge)
     assert result.ids == list(range(300))
-    assert answers.get(timeout=20) == result
+    assert answers.get(timeout=20) == result._replace(ids=())
     if isinstance(result, HashedLarge):
         assert (result.path, result.md5) == (path, sum_)
         assert result.fingerprint == present_fingerprint(path, bench.access, {})
@@ -345,13 +350,13 @@ def test_so_many_registrations_at_most_are_taken_at_a_time(bench: Bench, hang: H
     for number in range(2):
         bench.write(f"blocker{number}", LARGE)
         hang.add(bench.path(f"blocker{number}"))
-        bench.submit(Hash(bench.path(f"blocker{number}"), lambda _: None))
+        bench.workers.hash(bench.path(f"blocker{number}"), lambda _: None)
     bench.submit(*(bench.registration("large", number) for number in range(2 * MAX_TASKS + 1)))
     wait_until(lambda: not bench.workers._tasks, 20, "all are looked up")
     if not succeeds:
         os.unlink(bench.path("large"))
     hang.release_all()
-    wait_until(lambda: not bench.workers._shared, 20, "all are hashed")
+    wait_until(lambda: not bench.workers._waiting, 20, "all are hashed")
     ids: list[int] = []
     for left in (True, True, False):
         (result,) = bench.workers.take()
@@ -367,7 +372,7 @@ def test_a_large_file_that_becomes_something_else_is_refused(bench: Bench, hang:
     for number in range(2):
         bench.write(f"blocker{number}", LARGE)
         hang.add(bench.path(f"blocker{number}"))
-        bench.submit(Hash(bench.path(f"blocker{number}"), lambda _: None))
+        bench.workers.hash(bench.path(f"blocker{number}"), lambda _: None)
     bench.submit(bench.registration("large", 1))
     wait_until(lambda: not bench.workers._tasks, 20, "it is looked up")
     os.unlink(bench.path("large"))
@@ -409,14 +414,14 @@ def test_a_worker_that_hangs_in_a_large_file_is_replaced(bench: Bench, hang: Han
     for name in ("hung/large", "hung/another", "other/large"):
         bench.write(name, LARGE)
     path = bench.path("hung/large")
-    answers: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
-    bench.submit(Hash(path, answers.put))  # it is not looked up, so that it hangs only when it is read
+    answers: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+    bench.workers.hash(path, answers.put)  # it is not looked up, so that it hangs only when it is read
     hang.add(path)
     bench.let_hang(hang, path)
-    assert answers.get(timeout=20) == FailedLarge([], HANGS)
+    assert answers.get(timeout=20) == FailedLarge((), HANGS)
     assert bench.parking.folders == [bench.path("hung")]
     bench.submit(*(bench.registration(name, id_) for id_, name in enumerate(("hung/another", "other/large"))))
-    bench.submit(Hash(bench.path("hung/another"), answers.put))
+    bench.workers.hash(bench.path("hung/another"), answers.put)
     assert reasons(bench.wait_idle()) == {0: HANGS, 1: None}
     assert answers.get(timeout=20).reason == HANGS  # type: ignore[union-attr]
 
@@ -432,7 +437,7 @@ def test_as_many_workers_as_before_are_at_work_after_one_hung(bench: Bench, hang
         path = bench.path(f"{number}/large")
         bench.write(f"{number}/large", LARGE)
         hang.add(path)
-        bench.submit(Hash(path, lambda _: None))
+        bench.workers.hash(path, lambda _: None)
         bench.let_hang(hang, path)
     hang.release_all()
     wait_until(lambda: not bench.parking, 20, "the disk answers")
@@ -440,7 +445,7 @@ def test_as_many_workers_as_before_are_at_work_after_one_hung(bench: Bench, hang
     for name in names:
         bench.write(name, LARGE)
         hang.add(bench.path(name))
-        bench.submit(Hash(bench.path(name), lambda _: None))
+        bench.workers.hash(bench.path(name), lambda _: None)
     wait_until(lambda: {bench.path(name) for name in names} <= set(hang.hanging), 20, "both work at the same time")
     wait_until(lambda: bench.threads() == ["hash", "hash", "quick"], 20, "the former ones have ended")
 
@@ -465,7 +470,7 @@ def test_each_file_has_its_whole_time(tmp_path: Path, clock: Clock, hang: Hang) 
     for name in ("empty", "another"):
         bench.write(name, b"")
         hang.add(bench.path(name))
-        bench.submit(Hash(bench.path(name), lambda _: None))
+        bench.workers.hash(bench.path(name), lambda _: None)
     wait_until(lambda: bench.path("empty") in hang.hanging, 20, "it is at the first one")
     bench.supervise_for(STALL_S * 0.8, STALL_S * 0.4)
     hang.release(bench.path("empty"))
@@ -562,7 +567,7 @@ def test_workers_are_busy_until_their_results_are_delivered(bench: Bench) -> Non
         bench.write(name, content)
     busy: list[bool] = []
     bench.workers.submit([bench.registration("small", 1)], lambda results: busy.append(bench.workers.busy))
-    bench.submit(Hash(bench.path("large"), lambda result: busy.append(bench.workers.busy)))
+    bench.workers.hash(bench.path("large"), lambda result: busy.append(bench.workers.busy))
     wait_until(lambda: len(busy) == 2, 20, "both are delivered")
 
     assert busy == [True, True]
