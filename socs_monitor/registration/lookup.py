@@ -5,8 +5,11 @@ Pure. Every delay doubles up to a maximum, so that no number of attempts makes t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from socs_monitor.registration.work import Failed
+from socs_monitor.spool.states import State
 from socs_monitor.spool.store import Due, Registration
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry
@@ -51,14 +54,19 @@ def entries(registration: Registration) -> list[Entry]:
         return []
 
 
-def parse(row: Due) -> Registration:
-    """Return a registration that was loaded from the spool.
-
-    Raises:
-        messages.MessageError: If this version cannot parse it.
-    """
-    meta = messages.parse_file(row.message or "").meta
-    return Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds)
+def parse(rows: Iterable[Due], failed: list[Failed]) -> list[Registration]:
+    """Return registrations that were loaded from the spool. Those that this version cannot parse go to `failed`."""
+    registrations: list[Registration] = []
+    for row in rows:
+        try:
+            meta = messages.parse_file(row.message or "").meta
+        except Exception as error:  # noqa: BLE001 (whatever the spool holds, it must not stop the others)
+            unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
+            origin = State.REGISTERED if row.state == State.REGISTERED else State.PENDING
+            failed.append(Failed(unknown, messages.brief(f"it cannot be parsed: {error}"), refused=True, origin=origin))
+        else:
+            registrations.append(Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds))
+    return registrations
 
 
 def retry_delay(attempts: int) -> float:

@@ -1,20 +1,18 @@
 """The loop of ``run``, from an accepted registration to a safe row.
 
 Each step takes new registrations from ``file_queue`` and due ones from the spool, hands them to the workers, writes the
-rows of files that they have hashed, and applies the transitions of `spool.states` in one spool transaction. The loop does
-no file I/O, and waits in place while the database or the spool fails. A stop or a crash at any point leaves the spool
+rows of files that they have hashed, and applies the transitions of `spool.states` in one spool transaction. The loop
+does no file I/O, and waits in place while the database or the spool fails. A stop or a crash at any point leaves the spool
 as the truth, and repeating work is harmless.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from socs_monitor.registration import lookup
 from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
+from socs_monitor.registration.rechecks import Rechecks
 from socs_monitor.registration.retry import Retry, StoppedError
 from socs_monitor.registration.work import (
     Failed,
@@ -35,7 +34,6 @@ from socs_monitor.registration.work import (
     HashedLarge,
     HashResult,
     Leftover,
-    Recheck,
     Rechecked,
     Result,
     Task,
@@ -55,9 +53,6 @@ _SUPERVISE_S = 0.25
 
 # Seconds between two checks whether a hash is still wanted.
 _CHECK_WANTED_S = 0.2
-
-# Re-checks are due at multiples of this (seconds), since each wake-up of the thread costs.
-_RECHECK_EVERY_S = 0.5
 
 # Age (seconds) up to which a hash counts as fresh. The file of an older one is verified before its row is written.
 _FRESH_S = 0.5
@@ -150,11 +145,11 @@ class Registrar:
             StoppedError: If `stop` was called while the spool could not be used.
         """
         self.workers = self._running = self._make_workers(self._policy, self._parking, self._queue.wake)
-        self._registered: dict[int, Recheck] = {}  # by id, until the re-check
-        self._latest: dict[str, int] = {}  # by path, the latest id of `_registered`
+        self._rechecks = Rechecks(
+            self._spool, self._database, self._health, self._retry, self._policy.settle_after, self._monotonic
+        )
         self._taken_at = self._monotonic()  # when the queue was last read
         self._is_late = False  # whether results may be older than `_FRESH_S`
-        self._database_identity = self._database.identity
         now = self._monotonic()
         self._retry.spool(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
@@ -240,22 +235,22 @@ class Registrar:
 
     def _submit_due(self, due: Sequence[Due]) -> None:
         """Hand due registrations to the workers. Those that need no worker are results of the next step."""
-        results: list[Failed | Leftover] = []
+        results: list[Result] = []
+        failed: list[Failed] = []
         tasks: list[Task] = []
         for row in due:
             if row.state == State.REGISTERED:
-                if (recheck := self._registered.get(row.id)) is not None:
-                    tasks.append(recheck)
-                else:
-                    results.append(Leftover(row.id))
-        registrations, unparsable = _parse([row for row in due if row.message is not None])
-        self.workers.submit([*tasks, *registrations])
-        self.workers.add([*results, *unparsable])
+                recheck = self._rechecks.get(row.id)
+                tasks.append(recheck) if recheck is not None else results.append(Leftover(row.id))
+        tasks += lookup.parse([row for row in due if row.message is not None], failed)
+        self.workers.submit(tasks)
+        self.workers.add([*results, *failed])
 
     def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
         """Apply transitions, and return what is due."""
         limit = min(self._batch, self.workers.room)
         due = self._retry.spool(lambda: self._spool.apply(transitions, self._monotonic(), limit))
+        self._rechecks.forget(transitions)
         for transition in transitions:
             if transition.event is Event.COMMITTED:
                 crashpoint.reach("settling")
@@ -283,7 +278,6 @@ class Registrar:
         if len(parts) > 1:
             return [transition for part in parts for transition in self._evaluate_safely([part])]
         (id_,) = ids_of(parts[0])
-        self._forget(id_)
         origin = State.REGISTERED if isinstance(parts[0], (Rechecked, Leftover)) else State.PENDING
         return [Transition(origin, Event.GIVEN_UP, [id_], reason=brief(reason))]
 
@@ -298,44 +292,41 @@ class Registrar:
                 hashed.append(result)
             elif isinstance(result, Failed):
                 failed.append(result)
-            elif isinstance(result, Rechecked) and result.task.id in self._registered:
+            elif isinstance(result, Rechecked) and self._rechecks.get(result.task.id) is not None:
                 rechecked.append(result)
             elif isinstance(result, (Rechecked, Leftover)):
                 leftover += ids_of(result)
             else:
-                for one in self._load(result):
-                    (hashed if isinstance(one, Hashed) else failed).append(one)  # type: ignore[arg-type]
+                self._load(result, hashed, failed)
         if hashed:
             crashpoint.reach("hashed")
-            failed += self._register(hashed, transitions)
+            transitions += self._register(hashed, failed)
+        if leftover:
+            transitions += self._rechecks.evaluate_leftovers(leftover, failed)
+        if rechecked:
+            transitions += self._rechecks.evaluate(rechecked, failed)
         if failed:
             transitions += self._evaluate_failures(failed)
-        if leftover:
-            transitions += self._evaluate_leftovers(leftover)
-        if rechecked:
-            transitions += self._evaluate_rechecks(rechecked)
         return transitions
 
-    def _load(self, result: HashResult) -> list[Hashed | Failed]:
-        """Return a result per registration of a large file. Until now only the spool has had those registrations."""
-        registrations, unparsable = _parse(self._retry.spool(lambda: self._spool.load(result.ids)))
-        loaded: list[Hashed | Failed] = [*unparsable]
-        for registration in registrations:
+    def _load(self, result: HashResult, hashed: list[Hashed], failed: list[Failed]) -> None:
+        """Add a result per registration of a large file, which until now only the spool has had."""
+        rows = self._retry.spool(lambda: self._spool.load(result.ids))
+        for registration in lookup.parse(rows, failed):
             if isinstance(result, FailedLarge):
-                loaded.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
+                failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
                 continue
             entry = next((one for one in lookup.entries(registration) if one.local_path == result.path), None)
             if entry is not None:
-                loaded.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
+                hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
             else:
-                loaded.append(Failed(registration, brief(f"it does not name {result.path}"), refused=True))
-        return loaded
+                failed.append(Failed(registration, brief(f"it does not name {result.path}"), refused=True))
 
     # --- pending registrations
 
-    def _register(self, hashed: list[Hashed], transitions: list[Transition]) -> list[Failed]:
-        """Write the rows of hashed files, and return the registrations that the database refuses."""
-        refused: list[Failed] = []
+    def _register(self, hashed: list[Hashed], failed: list[Failed]) -> list[Transition]:
+        """Write the rows of hashed files. Registrations that the database refuses go to `failed`."""
+        transitions: list[Transition] = []
         must_verify = self._is_late
 
         def write() -> list[Outcome]:
@@ -349,55 +340,38 @@ class Registrar:
                 self._health.counters.writes.wrote(time.perf_counter() - begin)
             return outcomes
 
-        if any(one.registration.rounds for one in hashed):
-            hashed = self._without_superseded(hashed, transitions)
+        if superseded := self._rechecks.superseded(hashed):
+            transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
+            hashed = [one for one in hashed if one.registration.id not in superseded]
         while hashed:
             outcomes = self._retry.database(write)
             if not outcomes:  # the write lock was waited for
                 continue
             must_verify = False
             crashpoint.reach("committed")
-            if self._database.identity != self._database_identity:  # earlier rows are in another file
-                transitions.append(self._restart_registered())
-                self._database_identity = self._database.identity
+            transitions += self._rechecks.restart_if_replaced()
             committed: list[Hashed] = []
             new: list[str] = []
             for one, (changed, refusal) in zip(hashed, outcomes, strict=False):
                 registration, path = one.registration, one.file.entry.local_path
                 if refusal is None:
                     committed.append(one)
+                    if self._debug is not None:
+                        entry, md5 = one.file
+                        where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
+                        self._debug(
+                            events.line("registered", "registered", {**_keys(registration), **where, "md5": md5})
+                        )
                     if changed and not registration.rounds:
                         new.append(registration["pub_id"])
                 else:
-                    refused.append(Failed(registration, brief(refusal), refused=True))
-                    if path in self._latest:  # the new content does not belong to the earlier key
-                        self._latest[path] = registration.id
+                    failed.append(Failed(registration, brief(refusal), refused=True))
+                    self._rechecks.supersede(registration, path)
             if committed:
                 self._health.count_registered(len(committed), new, committed[-1].file.entry.local_path)
-                transitions += self._schedule_rechecks(committed)
+                transitions += self._rechecks.schedule(committed)
             hashed = hashed[len(outcomes) :]
-        return refused
-
-    def _without_superseded(self, hashed: Sequence[Hashed], transitions: list[Transition]) -> list[Hashed]:
-        """Settle registrations that have a row, and whose path was announced again later, under whatever key.
-
-        The later announcement takes care of the new content. Under the earlier key, that content would replace the
-        archived version.
-        """
-        latest: dict[str, int] = {}
-        for registration, file, _ in hashed:
-            path = file.entry.local_path
-            latest[path] = max(registration.id, latest.get(path, 0), self._latest.get(path, 0))
-        earlier = [
-            one.registration
-            for one in hashed
-            if one.registration.rounds and latest[one.file.entry.local_path] != one.registration.id
-        ]
-        superseded = self._retry.database(lambda: self._with_rows(earlier)) if earlier else set()
-        if superseded:
-            self._retry.database(self._database.sync)
-            transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
-        return [one for one in hashed if one.registration.id not in superseded]
+        return transitions
 
     def _verify(self, hashed: Sequence[Hashed]) -> list[Hashed]:
         """Return the files that have not changed since they were hashed. The others go back to the workers."""
@@ -412,38 +386,20 @@ class Registrar:
         self.workers.submit([result.registration for result in results if isinstance(result, Failed)])
         return [result for result in results if isinstance(result, Hashed)]
 
-    def _schedule_rechecks(self, committed: Sequence[Hashed]) -> list[Transition]:
-        """Remember what the re-checks of files need whose rows were committed."""
-        by_rounds: dict[int, list[int]] = defaultdict(list)
-        for registration, (entry, md5), fingerprint in committed:
-            id_, path = registration.id, entry.local_path
-            before: tuple[int, ...] = ()
-            if (former := self._latest.get(path)) is not None and former != id_ and former in self._registered:
-                before = (*self._registered[former].before, former)
-            self._latest[path] = id_
-            self._registered[id_] = Recheck(id_, path, fingerprint, before)
-            by_rounds[registration.rounds].append(id_)
-            if self._debug is not None:
-                where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
-                keys = {"id": registration["pub_id"], **where, "md5": md5}
-                self._debug(events.line("registered", "registered", keys))
-        transitions: list[Transition] = []
-        for rounds, ids in by_rounds.items():
-            due = self._monotonic() + lookup.recheck_delay(rounds, self._policy.settle_after)
-            due = math.ceil(due / _RECHECK_EVERY_S) * _RECHECK_EVERY_S
-            transitions.append(Transition(State.PENDING, Event.COMMITTED, ids, due))
-        return transitions
-
     def _evaluate_failures(self, failed: Sequence[Failed]) -> list[Transition]:
         """Refuse registrations that can never become rows; schedule a retry of the others, or give them up."""
         transitions: list[Transition] = []
         given_up: list[Failed] = []
         now = self._monotonic()
-        self._withdraw([failure.registration for failure in failed if failure.withdraw])
+        withdrawn = [entry for failure in failed if failure.withdraw for entry in lookup.entries(failure.registration)]
+        if withdrawn:  # they may have rows from before they were refused
+            self._retry.database(lambda: self._database.withdraw(withdrawn))
         for failure in failed:
-            registration, reason, refused, _ = failure
+            registration, reason, refused, _, origin = failure
             if refused:
-                transitions.append(self._refuse(State.PENDING, registration, reason))
+                text = f"Registration {registration.id} was refused and became a dead letter: {reason}"
+                self._log("warn", "refused", text, **_keys(registration))
+                transitions.append(Transition(origin, Event.REFUSED, [registration.id], reason=reason))
             elif lookup.is_given_up(registration.attempts, self._policy.give_up_after):
                 given_up.append(failure)
             else:
@@ -457,7 +413,7 @@ class Registrar:
     def _give_up(self, failed: Sequence[Failed]) -> list[Transition]:
         """Settle registrations that have a row; the others become dead letters."""
         try:
-            known = self._with_rows([failure.registration for failure in failed])
+            known = self._rechecks.ids_with_rows([failure.registration for failure in failed])
         except DatabaseUnavailableError as error:
             due = self._monotonic() + lookup.RETRY_MAX_S
             reason = brief(f"{failed[0].reason}; {error}")
@@ -473,115 +429,12 @@ class Registrar:
                 transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
         return transitions
 
-    def _with_rows(self, registrations: Sequence[Registration]) -> set[int]:
-        """Return the ids of registrations whose key has a row: they were registered, or archived and removed.
-
-        Raises:
-            DatabaseUnavailableError: If the database cannot be read now.
-        """
-        entries = {registration.id: lookup.entries(registration) for registration in registrations}
-        rows = self._database.rows(entry.local_path for some in entries.values() for entry in some)
-        return {
-            id_
-            for id_, some in entries.items()
-            if any(row.is_of(entry) for entry in some for row in rows.get(entry.local_path, ()))
-        }
-
-    def _refuse(self, origin: State, registration: Registration, reason: str) -> Transition:
-        text = f"Registration {registration.id} was refused and became a dead letter: {reason}"
-        self._log("warn", "refused", text, **_keys(registration))
-        return Transition(origin, Event.REFUSED, [registration.id], reason=reason)
-
-    def _withdraw(self, registrations: Sequence[Registration]) -> None:
-        """Keep SupRsync from files that are refused now, but may have rows from before."""
-        if entries := [entry for registration in registrations for entry in lookup.entries(registration)]:
-            self._retry.database(lambda: self._database.withdraw(entries))
-
-    # --- registered files
-
-    def _evaluate_rechecks(self, rechecked: Sequence[Rechecked]) -> list[Transition]:
-        """Settle registered files that are unchanged, missing or superseded, and register changed ones again."""
-        if self._database.is_replaced() or self._database.identity != self._database_identity:
-            return [self._restart_registered()]
-        by_event: dict[Event, list[int]] = defaultdict(list)
-        refused: dict[int, str] = {}
-        for task, event, reason in rechecked:
-            if self._registered.get(task.id) is not task:  # it was restarted in the meantime
-                continue
-            if event is Event.REFUSED:
-                refused[task.id] = reason
-            elif event is Event.UNCHANGED or event is Event.MISSING:
-                by_event[event] += (task.id, *task.before)
-            elif event is Event.CHANGED and self._latest.get(task.path) != task.id:
-                by_event[Event.SUPERSEDED].append(task.id)
-            else:
-                by_event[event].append(task.id)
-                if event is Event.CHANGED:
-                    text = "A file changed after it was registered, and is registered again"
-                    self._log("info", "changed", text, path=task.path)
-        if by_event.keys() & {Event.UNCHANGED, Event.MISSING, Event.SUPERSEDED}:
-            self._retry.database(self._database.sync)
-        due = {Event.CHANGED: 0.0, Event.UNREADABLE: self._monotonic() + lookup.RECHECK_MAX_S}
-        transitions = [Transition(State.REGISTERED, event, ids, due.get(event)) for event, ids in by_event.items()]
-        if refused:  # links were retargeted after their files were hashed
-            registrations, unparsable = _parse(self._retry.spool(lambda: self._spool.load(list(refused))))
-            self._withdraw(registrations)
-            for registration in (*registrations, *(failure.registration for failure in unparsable)):
-                transitions.append(self._refuse(State.REGISTERED, registration, refused[registration.id]))
-        by_event.pop(Event.UNREADABLE, None)
-        for ids in (refused, *by_event.values()):  # last, when nothing can fail any more
-            for id_ in ids:
-                self._forget(id_)
-        return transitions
-
-    def _evaluate_leftovers(self, ids: Sequence[int]) -> list[Transition]:
-        """Settle files of a former run whose path was announced again later, if their rows are in the database.
-
-        If not, because the database was replaced, they are registered again.
-        """
-        rows = self._retry.spool(lambda: self._spool.load(ids))
-        registrations, unparsable = _parse([row for row in rows if row.state == State.REGISTERED])
-        known = self._retry.database(lambda: self._with_rows(registrations))
-        if known:
-            self._retry.database(self._database.sync)
-        lost = [registration.id for registration in registrations if registration.id not in known]
-        return [
-            Transition(State.REGISTERED, Event.SUPERSEDED, list(known)),
-            Transition(State.REGISTERED, Event.RESTARTED, lost, due=0.0),
-            *(self._refuse(State.REGISTERED, failure.registration, failure.reason) for failure in unparsable),
-        ]
-
-    def _restart_registered(self) -> Transition:
-        """Register all files again whose rows may be missing, because the database was replaced."""
-        ids = list(self._registered)
-        self._registered.clear()
-        self._latest.clear()
-        return Transition(State.REGISTERED, Event.RESTARTED, ids, due=0.0)
-
-    def _forget(self, id_: int) -> None:
-        recheck = self._registered.pop(id_, None)
-        if recheck is not None and self._latest.get(recheck.path) not in self._registered:
-            self._latest.pop(recheck.path, None)
-
 
 def _split(result: Result) -> list[Result]:
     """Return a result per registration."""
     if isinstance(result, (HashedLarge, FailedLarge)):
         return [result._replace(ids=[id_]) for id_ in result.ids]
     return [result]
-
-
-def _parse(rows: Iterable[Due]) -> tuple[list[Registration], list[Failed]]:
-    """Parse registrations of the spool; those that this version cannot parse are failures."""
-    registrations: list[Registration] = []
-    failed: list[Failed] = []
-    for row in rows:
-        try:
-            registrations.append(lookup.parse(row))
-        except Exception as error:  # noqa: BLE001 (whatever the spool holds, it must not stop the others)
-            unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
-            failed.append(Failed(unknown, brief(f"it cannot be parsed: {error}"), refused=True))
-    return registrations, failed
 
 
 def _keys(registration: Registration) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from socs_monitor.registration.checksum import FileRefusedError
 from socs_monitor.registration.parking import HungError
-from socs_monitor.spool.states import Event
+from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Registration
 from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.upsert import HashedFile
@@ -30,12 +30,14 @@ class Failed(NamedTuple):
         reason: The reason, as shown to people.
         refused: Whether the registration can never become a row.
         withdraw: Whether it is refused because of what its path leads to now. A row of it must be withdrawn then.
+        origin: Its state; only refused ones may be REGISTERED.
     """
 
     registration: Registration
     reason: str
     refused: bool = False
     withdraw: bool = False
+    origin: State = State.PENDING
 
 
 class HashedLarge(NamedTuple):
