@@ -30,7 +30,7 @@ class Rechecks:
         spool: Has their registrations.
         database: Has their rows.
         health: Takes log lines.
-        retry: Repeats what fails.
+        retry: Repeats operations that fail.
         settle_after: Seconds from the commit of a row to the re-check of its file.
         monotonic: Returns seconds of CLOCK_MONOTONIC.
     """
@@ -54,9 +54,9 @@ class Rechecks:
         self._latest: dict[str, int] = {}  # by path, the id announced last
         self._identity = database.identity  # of the file that has their rows
 
-    def get(self, id_: int) -> Recheck | None:
-        """Return the re-check of a registered file; None if a former run registered it."""
-        return self._files.get(id_)
+    def due(self, id_: int) -> Recheck | Rechecked:
+        """Return the task to check a registered file again, or a result if only a former run knew the file."""
+        return self._files.get(id_) or Rechecked(Recheck(id_, "", 0), Event.RESTARTED)
 
     def schedule(self, committed: Sequence[Hashed]) -> list[Transition]:
         """Remember files whose rows were committed, and schedule their re-checks."""
@@ -96,27 +96,23 @@ class Rechecks:
             for one in hashed
             if one.registration.rounds and latest[one.file.entry.local_path] != one.registration.id
         ]
-        return self._synced_rows(earlier) if earlier else set()
+        return self.with_rows(earlier) if earlier else set()
 
-    def ids_with_rows(self, registrations: Sequence[Registration]) -> set[int]:
+    def with_rows(self, registrations: Sequence[Registration]) -> set[int]:
         """Return the ids of registrations whose key has a row: they were registered, or archived and removed.
 
-        Raises:
-            DatabaseUnavailableError: If the database cannot be read now.
+        The rows are on the disk, so that these registrations may leave the spool.
         """
         entries = {registration.id: lookup.entries(registration) for registration in registrations}
-        rows = self._database.rows(entry.local_path for some in entries.values() for entry in some)
-        return {
+        paths = [entry.local_path for some in entries.values() for entry in some]
+        rows = self._retry(lambda: self._database.rows(paths))
+        known = {
             id_
             for id_, some in entries.items()
             if any(row.is_of(entry) for entry in some for row in rows.get(entry.local_path, ()))
         }
-
-    def _synced_rows(self, registrations: Sequence[Registration]) -> set[int]:
-        """Return the ids of registrations whose key has a row that survives a power cut."""
-        known = self._retry.database(lambda: self.ids_with_rows(registrations))
         if known:
-            self._retry.database(self._database.sync)
+            self._retry(self._database.sync)
         return known
 
     def restart_if_replaced(self) -> list[Transition]:
@@ -134,8 +130,10 @@ class Rechecks:
 
         Refused ones, whose links were retargeted, are added to `failed`.
         """
+        unknown = [result.task.id for result in rechecked if result.task.id not in self._files]
+        transitions = self._evaluate_unknown(unknown, failed) if unknown else []
         if restarted := self.restart_if_replaced():
-            return restarted
+            return transitions + restarted
         by_event: dict[Event, list[int]] = defaultdict(list)
         refused: dict[int, str] = {}
         for task, event, reason in rechecked:
@@ -153,20 +151,22 @@ class Rechecks:
                     text = "A file changed after it was registered, and is registered again"
                     self._log("info", "changed", text, path=task.path)
         if by_event.keys() & _SETTLING:
-            self._retry.database(self._database.sync)
+            self._retry(self._database.sync)
         if refused:
             for registration in self._load(list(refused), failed):
                 failed.append(Failed(registration, refused[registration.id], True, True, State.REGISTERED))
         due = {Event.CHANGED: 0.0, Event.UNREADABLE: self._monotonic() + lookup.RECHECK_MAX_S}
-        return [Transition(State.REGISTERED, event, ids, due.get(event)) for event, ids in by_event.items()]
+        for event, ids in by_event.items():
+            transitions.append(Transition(State.REGISTERED, event, ids, due.get(event)))
+        return transitions
 
-    def evaluate_leftovers(self, ids: Sequence[int], failed: list[Failed]) -> list[Transition]:
+    def _evaluate_unknown(self, ids: Sequence[int], failed: list[Failed]) -> list[Transition]:
         """Settle files of a former run whose path was announced again later, if the database has their rows.
 
         If it does not, because it was replaced, they are registered again.
         """
         registrations = self._load(ids, failed)
-        known = self._synced_rows(registrations)
+        known = self.with_rows(registrations)
         lost = [registration.id for registration in registrations if registration.id not in known]
         return [
             Transition(State.REGISTERED, Event.SUPERSEDED, list(known)),
@@ -174,7 +174,7 @@ class Rechecks:
         ]
 
     def _load(self, ids: Sequence[int], failed: list[Failed]) -> list[Registration]:
-        rows = self._retry.spool(lambda: self._spool.load(ids))
+        rows = self._retry(lambda: self._spool.load(ids))
         return lookup.parse([row for row in rows if row.state == State.REGISTERED], failed)
 
     def forget(self, transitions: Sequence[Transition]) -> None:

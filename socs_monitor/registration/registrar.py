@@ -2,8 +2,8 @@
 
 Each step takes new registrations from ``file_queue`` and due ones from the spool, hands them to the workers, writes the
 rows of files that they have hashed, and applies the transitions of `spool.states` in one spool transaction. The loop
-does no file I/O, and waits in place while the database or the spool fails. A stop or a crash at any point leaves the spool
-as the truth, and repeating work is harmless.
+does no file I/O, and waits in place while the database or the spool fails. The spool stays the truth, so a stop or a
+crash may happen anywhere, and repeating work is harmless.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ from socs_monitor.registration.work import (
     Hashed,
     HashedLarge,
     HashResult,
-    Leftover,
+    Recheck,
     Rechecked,
     Result,
-    Task,
-    Verify,
     ids_of,
 )
 from socs_monitor.registration.workers import Workers, start_thread
 from socs_monitor.spool.intake import BATCH, FileQueue, Intake
 from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Due, Registration, Spool, Transition
-from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
+from socs_monitor.suprsync.database import Database, Outcome
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.messages import brief
 
@@ -151,7 +149,7 @@ class Registrar:
         self._taken_at = self._monotonic()  # when the queue was last read
         self._is_late = False  # whether results may be older than `_FRESH_S`
         now = self._monotonic()
-        self._retry.spool(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
+        self._retry(lambda: self._intake.restart(lambda attempts: now + lookup.retry_delay(attempts - 1)))
 
     def retry(self, ids: Iterable[int] | None = None) -> int:
         """Make dead letters (those of `ids`, or all) pending again, and return their number. Any thread may call it.
@@ -216,7 +214,7 @@ class Registrar:
         if len(registrations) < len(items):
             foreign = [item for item in items if not isinstance(item, Registration)]
             try:
-                registrations += self._retry.spool(lambda: self._intake.adopt(foreign))
+                registrations += self._retry(lambda: self._intake.adopt(foreign))
             except StoppedError:
                 for item in foreign:  # they are nowhere else
                     self._queue.put(item)
@@ -235,21 +233,16 @@ class Registrar:
 
     def _submit_due(self, due: Sequence[Due]) -> None:
         """Hand due registrations to the workers. Those that need no worker are results of the next step."""
-        results: list[Result] = []
         failed: list[Failed] = []
-        tasks: list[Task] = []
-        for row in due:
-            if row.state == State.REGISTERED:
-                recheck = self._rechecks.get(row.id)
-                tasks.append(recheck) if recheck is not None else results.append(Leftover(row.id))
-        tasks += lookup.parse([row for row in due if row.message is not None], failed)
-        self.workers.submit(tasks)
-        self.workers.add([*results, *failed])
+        rechecks = [self._rechecks.due(row.id) for row in due if row.state == State.REGISTERED]
+        registrations = lookup.parse([row for row in due if row.message is not None], failed)
+        self.workers.submit([*(task for task in rechecks if isinstance(task, Recheck)), *registrations])
+        self.workers.add([*(result for result in rechecks if isinstance(result, Rechecked)), *failed])
 
     def _apply(self, transitions: Sequence[Transition]) -> list[Due]:
         """Apply transitions, and return what is due."""
         limit = min(self._batch, self.workers.room)
-        due = self._retry.spool(lambda: self._spool.apply(transitions, self._monotonic(), limit))
+        due = self._retry(lambda: self._spool.apply(transitions, self._monotonic(), limit))
         self._rechecks.forget(transitions)
         for transition in transitions:
             if transition.event is Event.COMMITTED:
@@ -278,7 +271,7 @@ class Registrar:
         if len(parts) > 1:
             return [transition for part in parts for transition in self._evaluate_safely([part])]
         (id_,) = ids_of(parts[0])
-        origin = State.REGISTERED if isinstance(parts[0], (Rechecked, Leftover)) else State.PENDING
+        origin = State.REGISTERED if isinstance(parts[0], Rechecked) else State.PENDING
         return [Transition(origin, Event.GIVEN_UP, [id_], reason=brief(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
@@ -286,23 +279,18 @@ class Registrar:
         hashed: list[Hashed] = []
         failed: list[Failed] = []
         rechecked: list[Rechecked] = []
-        leftover: list[int] = []
         for result in results:
             if isinstance(result, Hashed):
                 hashed.append(result)
             elif isinstance(result, Failed):
                 failed.append(result)
-            elif isinstance(result, Rechecked) and self._rechecks.get(result.task.id) is not None:
+            elif isinstance(result, Rechecked):
                 rechecked.append(result)
-            elif isinstance(result, (Rechecked, Leftover)):
-                leftover += ids_of(result)
             else:
                 self._load(result, hashed, failed)
         if hashed:
             crashpoint.reach("hashed")
             transitions += self._register(hashed, failed)
-        if leftover:
-            transitions += self._rechecks.evaluate_leftovers(leftover, failed)
         if rechecked:
             transitions += self._rechecks.evaluate(rechecked, failed)
         if failed:
@@ -311,7 +299,7 @@ class Registrar:
 
     def _load(self, result: HashResult, hashed: list[Hashed], failed: list[Failed]) -> None:
         """Add a result per registration of a large file, which until now only the spool has had."""
-        rows = self._retry.spool(lambda: self._spool.load(result.ids))
+        rows = self._retry(lambda: self._spool.load(result.ids))
         for registration in lookup.parse(rows, failed):
             if isinstance(result, FailedLarge):
                 failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
@@ -344,7 +332,7 @@ class Registrar:
             transitions.append(Transition(State.PENDING, Event.KNOWN, list(superseded)))
             hashed = [one for one in hashed if one.registration.id not in superseded]
         while hashed:
-            outcomes = self._retry.database(write)
+            outcomes = self._retry(write)
             if not outcomes:  # the write lock was waited for
                 continue
             must_verify = False
@@ -360,7 +348,7 @@ class Registrar:
                         entry, md5 = one.file
                         where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
                         self._debug(
-                            events.line("registered", "registered", {**_keys(registration), **where, "md5": md5})
+                            events.line("registered", "registered", {"id": registration["pub_id"], **where, "md5": md5})
                         )
                     if changed and not registration.rounds:
                         new.append(registration["pub_id"])
@@ -376,7 +364,7 @@ class Registrar:
     def _verify(self, hashed: Sequence[Hashed]) -> list[Hashed]:
         """Return the files that have not changed since they were hashed. The others go back to the workers."""
         answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
-        self.workers.submit([Verify(one) for one in hashed], answers.put)
+        self.workers.submit(hashed, answers.put)
         results: list[Result] = []
         while len(results) < len(hashed):
             with contextlib.suppress(queue.Empty):
@@ -393,7 +381,7 @@ class Registrar:
         now = self._monotonic()
         withdrawn = [entry for failure in failed if failure.withdraw for entry in lookup.entries(failure.registration)]
         if withdrawn:  # they may have rows from before they were refused
-            self._retry.database(lambda: self._database.withdraw(withdrawn))
+            self._retry(lambda: self._database.withdraw(withdrawn))
         for failure in failed:
             registration, reason, refused, _, origin = failure
             if refused:
@@ -412,12 +400,7 @@ class Registrar:
 
     def _give_up(self, failed: Sequence[Failed]) -> list[Transition]:
         """Settle registrations that have a row; the others become dead letters."""
-        try:
-            known = self._rechecks.ids_with_rows([failure.registration for failure in failed])
-        except DatabaseUnavailableError as error:
-            due = self._monotonic() + lookup.RETRY_MAX_S
-            reason = brief(f"{failed[0].reason}; {error}")
-            return [Transition(State.PENDING, Event.FAILED, [one.registration.id for one in failed], due, reason)]
+        known = self._rechecks.with_rows([failure.registration for failure in failed])
         transitions = [Transition(State.PENDING, Event.KNOWN, list(known))]
         limit = self._policy.give_up_after
         for registration, reason, *_ in failed:

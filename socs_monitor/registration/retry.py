@@ -26,7 +26,7 @@ class StoppedError(Exception):
 
 
 class Retry:
-    """Repeats operations, and reports the conditions ``spool_update`` and ``database`` while they fail.
+    """Repeats operations, and keeps the conditions ``spool_update`` and ``database`` while they fail.
 
     Args:
         health: Takes the conditions.
@@ -39,57 +39,35 @@ class Retry:
         self._writes = health.counters.writes
         self._stopping = stopping
         self._wait = wait
-        self._backoff_s = _BACKOFF_FIRST_S
+        self._backoff_s = 0.0  # 0 unless the latest operation failed
 
-    def spool(self, operation: Callable[[], T]) -> T:
-        """Return the result of an operation on the spool, once it succeeds.
-
-        Raises:
-            StoppedError: If the registrar is stopped before.
-        """
-
-        def report(error: Exception) -> None:
-            text = f"{error}. Nothing is lost, and the operation is retried. {SPOOL_ADVICE}"
-            self._conditions.set_condition("spool_update", text)
-
-        return self._repeat(operation, SpoolError, report, "spool_update", "the spool can be used again")
-
-    def database(self, operation: Callable[[], T]) -> T:
-        """Return the result of an operation on the database, once it succeeds.
+    def __call__(self, operation: Callable[[], T]) -> T:
+        """Return the result of an operation, once neither the spool nor the database makes it fail.
 
         Raises:
             StoppedError: If the registrar is stopped before.
         """
-
-        def report(error: Exception) -> None:
-            self._writes.errors += 1
-            text = f"{error}. Registrations are kept in the spool until it works again"
-            self._conditions.set_condition("database", text)
-
-        return self._repeat(operation, DatabaseUnavailableError, report, "database", "the database can be used again")
+        while True:
+            try:
+                result = operation()
+            except SpoolError as error:
+                text = f"{error}. Nothing is lost, and the operation is retried. {SPOOL_ADVICE}"
+                self._conditions.set_condition("spool_update", text)
+            except DatabaseUnavailableError as error:
+                self._writes.errors += 1
+                text = f"{error}. Registrations are kept in the spool until it works again"
+                self._conditions.set_condition("database", text)
+            else:
+                if self._backoff_s:
+                    self._backoff_s = 0.0
+                    self._conditions.clear_condition("spool_update", "the spool can be used again")
+                    self._conditions.clear_condition("database", "the database can be used again")
+                return result
+            self._backoff_s = min(2 * self._backoff_s or _BACKOFF_FIRST_S, _BACKOFF_MAX_S)
+            self._wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+            self.check_stopped()
 
     def check_stopped(self) -> None:
         """Raise `StoppedError` if the registrar was stopped."""
         if self._stopping.is_set():
             raise StoppedError
-
-    def _repeat(
-        self,
-        operation: Callable[[], T],
-        expected: type[Exception],
-        report: Callable[[Exception], None],
-        condition: str,
-        recovery: str,
-    ) -> T:
-        while True:
-            try:
-                result = operation()
-            except expected as error:
-                report(error)
-                self._wait(self._backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
-                self._backoff_s = min(2 * self._backoff_s, _BACKOFF_MAX_S)
-                self.check_stopped()
-            else:
-                self._backoff_s = _BACKOFF_FIRST_S
-                self._conditions.clear_condition(condition, recovery)
-                return result

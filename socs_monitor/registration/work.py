@@ -82,27 +82,19 @@ class Recheck(NamedTuple):
 
 
 class Rechecked(NamedTuple):
-    """The result of a re-check: UNCHANGED, CHANGED, MISSING, UNREADABLE or, with a reason, REFUSED."""
+    """The result of a re-check: UNCHANGED, CHANGED, MISSING, UNREADABLE or, with a reason, REFUSED.
+
+    RESTARTED means that a former run registered the file, so that only its id is known.
+    """
 
     task: Recheck
     event: Event
     reason: str = ""
 
 
-class Leftover(NamedTuple):
-    """A registered file that a former run left in the spool, and of which this run knows nothing but the id."""
-
-    id: int
-
-
-class Verify(NamedTuple):
-    """The task to make sure that a file has not changed since it was hashed. The result is `hashed`, or a `Failed`."""
-
-    hashed: Hashed
-
-
-Task: TypeAlias = Registration | Recheck | Verify
-Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Rechecked | Leftover
+# A `Hashed` as a task: make sure that the file has not changed. The result is the task, or a `Failed`.
+Task: TypeAlias = Registration | Hashed | Recheck
+Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Rechecked
 HashResult: TypeAlias = HashedLarge | FailedLarge
 Deliver: TypeAlias = Callable[[HashResult], None]
 
@@ -111,7 +103,7 @@ def path_of(task: Task) -> str:
     """Return the path of a task."""
     if isinstance(task, Registration):
         return str(task["path"])
-    return task.hashed.file.entry.local_path if isinstance(task, Verify) else task.path
+    return task.file.entry.local_path if isinstance(task, Hashed) else task.path
 
 
 def fail(task: Task, error: Exception) -> Failed | Rechecked:
@@ -119,8 +111,8 @@ def fail(task: Task, error: Exception) -> Failed | Rechecked:
     reason, refused, missing = _explain(path_of(task), error)
     if isinstance(task, Recheck):
         return Rechecked(task, Event.MISSING if missing else Event.REFUSED if refused else Event.UNREADABLE, reason)
-    if isinstance(task, Verify):
-        return Failed(task.hashed.registration, reason)
+    if isinstance(task, Hashed):
+        return Failed(task.registration, reason)
     return Failed(task, reason, refused, withdraw=isinstance(error, FileRefusedError))
 
 
@@ -145,6 +137,4 @@ def ids_of(result: Result) -> Sequence[int]:
     """Return the registrations that a result is about."""
     if isinstance(result, (HashedLarge, FailedLarge)):
         return result.ids
-    if isinstance(result, Leftover):
-        return (result.id,)
     return (result.task.id if isinstance(result, Rechecked) else result.registration.id,)

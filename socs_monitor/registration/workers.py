@@ -312,7 +312,7 @@ class Workers:
             if isinstance(task, Recheck):
                 is_same = present_fingerprint(task.path, self._access, folders) == task.fingerprint
                 return Rechecked(task, Event.UNCHANGED if is_same else Event.CHANGED)
-            return self._verify(task.hashed, folders)
+            return self._verify(task, folders)
         except Exception as error:  # noqa: BLE001 (one registration must not stop the others)
             return fail(task, error)
 
@@ -331,7 +331,7 @@ class Workers:
         raise missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def _verify(self, hashed: Hashed, folders: dict[str, bool]) -> Hashed | Failed:
-        if present_fingerprint(hashed.file.entry.local_path, self._access, folders) == hashed.fingerprint:
+        if present_fingerprint(path_of(hashed), self._access, folders) == hashed.fingerprint:
             return hashed
         return Failed(hashed.registration, "the file changed")
 

@@ -21,12 +21,10 @@ from socs_monitor.registration.work import (
     Hashed,
     HashedLarge,
     HashResult,
-    Leftover,
     Recheck,
     Rechecked,
     Result,
     Task,
-    Verify,
 )
 from socs_monitor.registration.workers import HANG_S, MAX_TASKS, STALL_S, Workers
 from socs_monitor.spool.states import Event
@@ -171,7 +169,7 @@ def reasons(results: list[Result]) -> dict[int, str | None]:
             found.update(dict.fromkeys(result.ids, result.reason if isinstance(result, FailedLarge) else None))
         elif isinstance(result, Rechecked):
             found[result.task.id] = result.reason or None
-        elif not isinstance(result, Leftover):
+        else:
             found[result.registration.id] = result.reason if isinstance(result, Failed) else None
     return found
 
@@ -242,7 +240,7 @@ def test_an_unexpected_error_is_that_of_one_registration(
     monkeypatch.setattr(checksum, "_find", failing)
     monkeypatch.setattr(os, "lstat", lambda path: failing_look(str(path)))
     tasks = [bench.registration(name, number) for number, name in enumerate(("before", "bad", "after"))]
-    bench.submit(*tasks, Recheck(3, bench.path("bad"), fingerprint), Verify(verified))
+    bench.submit(*tasks, Recheck(3, bench.path("bad"), fingerprint), verified)
     found = reasons(bench.wait(5))
     assert sorted(id_ for id_, reason in found.items() if reason) == [1, 3, 4]
     assert all(repr(error) in (found[id_] or "") for id_ in (1, 3, 4))
@@ -284,7 +282,7 @@ def test_a_verified_file_is_still_what_was_hashed(bench: Bench) -> None:
     bench.write("changed")
     os.unlink(bench.path("gone"))
     answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
-    bench.workers.submit([Verify(hashed) for hashed in (same, changed, gone)], answers.put)
+    bench.workers.submit([same, changed, gone], answers.put)
     first, second, third = answers.get(timeout=20)
     assert first is same
     assert isinstance(second, Failed)
