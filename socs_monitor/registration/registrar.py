@@ -31,12 +31,12 @@ from socs_monitor.registration.work import (
     Failed,
     FailedLarge,
     Hashed,
-    HashedLarge,
     HashResult,
     Recheck,
     Rechecked,
     Result,
     ids_of,
+    split,
 )
 from socs_monitor.registration.workers import Workers, start_thread
 from socs_monitor.spool.intake import BATCH, FileQueue, Intake
@@ -48,9 +48,6 @@ from socs_monitor.wire.messages import brief
 
 # Longest wait (seconds) before the workers are supervised again while they are busy.
 _SUPERVISE_S = 0.25
-
-# Seconds between two checks whether a hash is still wanted.
-_CHECK_WANTED_S = 0.2
 
 # Age (seconds) up to which a hash counts as fresh. The file of an older one is verified before its row is written.
 _FRESH_S = 0.5
@@ -103,7 +100,6 @@ class Registrar:
         self._parking = Parking(Access(policy.data_roots, policy.own), start_thread)
         self._stopping = threading.Event()
         self._retry = Retry(health, self._stopping, wait or self._stopping.wait)
-        self._running: Workers | None = None  # the workers, during a run
 
     def run(self, once: bool = False) -> None:
         """Work until `stop`, or with `once` until nothing is queued, due or in a worker's hands."""
@@ -118,7 +114,6 @@ class Registrar:
         except StoppedError:
             pass
         finally:
-            self._running = None
             self.workers.close()
             self._database.close()
             self._stopping.clear()
@@ -142,7 +137,7 @@ class Registrar:
         Raises:
             StoppedError: If `stop` was called while the spool could not be used.
         """
-        self.workers = self._running = self._make_workers(self._policy, self._parking, self._queue.wake)
+        self.workers = self._make_workers(self._policy, self._parking, self._queue.wake)
         self._rechecks = Rechecks(
             self._spool, self._database, self._health, self._retry, self._policy.settle_after, self._monotonic
         )
@@ -171,15 +166,8 @@ class Registrar:
         Returns:
             The result, or None if there was none before the end of the run or before `stopped` returned True.
         """
-        workers = self._running
-        if workers is None:
-            return None
-        answer: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
-        workers.hash(path, answer.put)
-        while self._running is workers and not stopped():
-            with contextlib.suppress(queue.Empty):
-                return answer.get(timeout=_CHECK_WANTED_S)
-        return None
+        workers: Workers | None = getattr(self, "workers", None)  # None before the first run
+        return workers.hash_and_wait(path, stopped) if workers is not None else None
 
     def step(self, timeout: float) -> bool:
         """Do everything that can be done now, after waiting at most `timeout` seconds for something to do.
@@ -267,12 +255,13 @@ class Registrar:
                 reason = f"Unexpected error {error!r}. Please report it"
                 text = f"{reason}. Registration goes on"
                 self._log("error", "internal_error", text, traceback=traceback.format_exc())
-        parts = [part for result in results for part in _split(result)]
+        parts = [part for result in results for part in split(result)]
         if len(parts) > 1:
             return [transition for part in parts for transition in self._evaluate_safely([part])]
-        (id_,) = ids_of(parts[0])
-        origin = State.REGISTERED if isinstance(parts[0], Rechecked) else State.PENDING
-        return [Transition(origin, Event.GIVEN_UP, [id_], reason=brief(reason))]
+        part = parts[0]
+        is_registered = isinstance(part, Rechecked) or (isinstance(part, Failed) and part.origin is State.REGISTERED)
+        origin = State.REGISTERED if is_registered else State.PENDING
+        return [Transition(origin, Event.GIVEN_UP, ids_of(part), reason=brief(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
         transitions: list[Transition] = []
@@ -411,13 +400,6 @@ class Registrar:
                 self._conditions.set_condition_for("file_missing", text, FILE_MISSING_S)
                 transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
         return transitions
-
-
-def _split(result: Result) -> list[Result]:
-    """Return a result per registration."""
-    if isinstance(result, (HashedLarge, FailedLarge)):
-        return [result._replace(ids=[id_]) for id_ in result.ids]
-    return [result]
 
 
 def _keys(registration: Registration) -> dict[str, Any]:

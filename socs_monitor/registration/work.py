@@ -138,3 +138,10 @@ def ids_of(result: Result) -> Sequence[int]:
     if isinstance(result, (HashedLarge, FailedLarge)):
         return result.ids
     return (result.task.id if isinstance(result, Rechecked) else result.registration.id,)
+
+
+def split(result: Result) -> list[Result]:
+    """Return a result per registration."""
+    if isinstance(result, (HashedLarge, FailedLarge)):
+        return [result._replace(ids=(id_,)) for id_ in result.ids]
+    return [result]

@@ -11,6 +11,7 @@ the worker is abandoned: the task in hand fails, and the folder stays parked unt
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -54,6 +55,9 @@ HANG_S = 10.0
 
 # Largest number of tasks that the quick worker holds, and of registrations that `Workers.take` returns at a time.
 MAX_TASKS = 1000
+
+# Seconds between two checks whether a hash is still wanted.
+_CHECK_WANTED_S = 0.2
 
 Spawn: TypeAlias = Callable[[Callable[[], None], str], None]
 
@@ -190,6 +194,15 @@ class Workers:
                 self._waiting[path] = []
                 self._readings.put((0, next(self._serial), Reading(path, self._access, self._slice_size)))
             self._waiting[path].append(waiting)
+
+    def hash_and_wait(self, path: str, stopped: Callable[[], bool]) -> HashResult | None:
+        """Hash a file as a large one. Return None if the workers are closed, or `stopped` returns True, before."""
+        answer: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+        self.hash(path, answer.put)
+        while not (self._closed or stopped()):
+            with contextlib.suppress(queue.Empty):
+                return answer.get(timeout=_CHECK_WANTED_S)
+        return None
 
     def add(self, results: Sequence[Result]) -> None:
         """Add results that need no worker to those that `take` returns."""

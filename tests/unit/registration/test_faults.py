@@ -7,11 +7,14 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.workers import SMALL
+from socs_monitor.suprsync import archive
 from socs_monitor.wire.publisher import data_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 
@@ -262,3 +265,99 @@ def test_a_registration_that_names_our_own_databases_does_no_harm(chain: Chain, 
     chain.accept("b.dat")
     chain.step()
     assert rows_for_others(chain) == 2
+
+
+class Broken:
+    """Stands in for the database's method `name`: it fails unexpectedly for files named ``bad.dat``.
+
+    Args:
+        chain: The chain.
+        name: The method, which takes files, entries or paths.
+    """
+
+    def __init__(self, chain: Chain, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self._patch = monkeypatch
+        method = getattr(chain.database, name)
+
+        def broken(things: Iterable[object]) -> object:
+            things = list(things)
+            if "/bad.dat" in str(things):
+                raise ValueError("odd")
+            return method(things)
+
+        monkeypatch.setattr(chain.database, name, broken)
+
+    def repair(self) -> None:
+        self._patch.undo()
+
+
+def check_culprit(chain: Chain, broken: Broken, count: int = 1) -> None:
+    """The culprits alone are dead letters that can be retried."""
+    assert chain.dead_letters() == [("bad.dat", "Unexpected error ValueError('odd'). Please report it", False)] * count
+    broken.repair()
+    assert chain.registrar.retry() == count
+    sum_ = chain.write("bad.dat", b"repaired")
+    chain.step()
+    assert chain.sums()["bad.dat"] == sum_
+    assert chain.spool.counts["dead"] == 0
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_pending_registration_that_fails_unexpectedly_twice_is_a_dead_letter(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    broken = Broken(chain, monkeypatch, "register")
+    sum_ = chain.write("a.dat", b"a")
+    for name in ("a.dat", "bad.dat"):
+        if not waiting:
+            chain.write(name, b"a")
+        chain.accept(name)
+    if waiting:
+        chain.step()
+        assert chain.spool.counts["waiting"] == 1
+        chain.write("bad.dat", b"bad")
+        clock.advance(1)
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
+    check_culprit(chain, broken)
+
+
+def test_a_registered_file_that_fails_unexpectedly_twice_is_a_dead_letter(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.dat", "bad.dat"):
+        chain.write(name, b"x")
+        chain.accept(name)
+    chain.step()
+    for name in ("a.dat", "bad.dat"):  # what is refused now is withdrawn
+        chain.path(name).unlink()
+        chain.path(name).mkdir()
+    broken = Broken(chain, monkeypatch, "withdraw")
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 2, "dead": 2}
+    assert [refused for _, _, refused in chain.dead_letters()] == [True, False]
+    chain.path("bad.dat").rmdir()
+    chain.spool.discard([chain.spool.dead()[0].id])
+    check_culprit(chain, broken)
+
+
+def test_a_large_file_that_fails_for_one_registration_is_registered_for_the_others(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sum_ = chain.write("large.dat", bytes(SMALL + 1))
+    for action in ("one", "bad", "two"):
+        chain.accept("large.dat", action=action)
+    chain.step()
+    candidates = archive.candidates
+
+    def broken(meta: dict[str, object]) -> object:
+        if meta["action"] == "bad":
+            raise ValueError("odd")
+        return candidates(meta)
+
+    monkeypatch.setattr(archive, "candidates", broken)
+    chain.hash_large()
+    chain.step()
+    assert [row["local_md5sum"] for row in chain.rows()] == [sum_, sum_]
+    assert chain.counts() == {"received": 3, "registered": 2, "dead": 1}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -148,4 +150,28 @@ def test_a_folder_that_hangs_again_is_probed_again(parking: Parking, threads: Th
     assert not threads.work
     parking.probe(3 * PROBE_S)
     threads.run()
+    assert not parking
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+def test_a_probe_reads_the_byte_where_a_call_hung(
+    tmp_path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch, offset: int
+) -> None:
+    """A disk may answer look-ups and hang in reads: a released folder would cost a thread a minute."""
+    path = tmp_path / "x" / "z.dat"
+    path.parent.mkdir()
+    path.write_bytes(b"content")
+    parking = Parking(Access((str(tmp_path),)), threads)
+    parking.park(parking.suspend(str(path), offset, 0.0))
+    read: list[tuple[str, int, int]] = []
+
+    def pread(file: int, count: int, offset: int) -> bytes:
+        assert parking, "it is released only when the read has returned"
+        read.append((os.readlink(f"/proc/self/fd/{file}"), count, offset))
+        return b"x"
+
+    monkeypatch.setattr(os, "pread", pread)
+    parking.probe(PROBE_S)
+    threads.run()
+    assert read == [(str(path), 1, offset)]
     assert not parking

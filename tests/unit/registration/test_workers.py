@@ -408,6 +408,16 @@ def test_a_quick_worker_that_hangs_is_replaced_and_its_tasks_are_done(bench: Ben
     assert len(results) == 10, "what the former worker found is dropped"
 
 
+def test_files_before_and_after_one_that_stalls_do_not_wait_for_it(bench: Bench, hang: Hang) -> None:
+    for number in range(5):
+        bench.write(f"{number}/a.dat")
+    hang.add(bench.path("3/a.dat"))
+    bench.submit(*(bench.registration(f"{number}/a.dat", number) for number in range(5)))
+    wait_until(lambda: hang.hanging, 20, "it hangs")
+    bench.supervise_for(STALL_S, STALL_S)
+    assert reasons(bench.wait(4)) == dict.fromkeys((0, 1, 2, 4))
+
+
 def test_a_worker_that_hangs_in_a_large_file_is_replaced(bench: Bench, hang: Hang) -> None:
     for name in ("hung/large", "hung/another", "other/large"):
         bench.write(name, LARGE)
