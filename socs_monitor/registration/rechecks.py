@@ -87,6 +87,8 @@ class Rechecks:
         The later announcement takes care of the new content. Under the earlier key, that content would replace the
         archived version.
         """
+        if not any(one.registration.rounds for one in hashed):
+            return set()
         latest: dict[str, int] = {}
         for registration, file, _ in hashed:
             path = file.entry.local_path

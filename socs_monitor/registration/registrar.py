@@ -64,9 +64,7 @@ class Registrar:
         health: Counts files, and takes conditions and log lines.
         policy: Which files are read, and how long a missing one is waited for.
         debug: Called with a line per registered file, or None.
-        monotonic: Returns seconds of CLOCK_MONOTONIC.
-        make_workers: Creates the workers of a run.
-        wait: Waits for a number of seconds, or until `stop`.
+        monotonic, make_workers, wait: Replaced by tests. `wait` returns after a number of seconds, or at a stop.
         batch: Largest number of registrations taken at a time.
     """
 
@@ -186,7 +184,7 @@ class Registrar:
         self._report_parked_folders()
         results = self.workers.take()
         due = self._apply(self._evaluate_safely(results))
-        self._submit_due(due)
+        self._submit(due)
         return bool(items or results or due)
 
     def _poll_timeout(self) -> float:
@@ -219,7 +217,7 @@ class Registrar:
         else:
             self._conditions.clear_condition("disk_hangs", "all disks answer again")
 
-    def _submit_due(self, due: Sequence[Due]) -> None:
+    def _submit(self, due: Sequence[Due]) -> None:
         """Hand due registrations to the workers. Those that need no worker are results of the next step."""
         failed: list[Failed] = []
         rechecks = [self._rechecks.due(row.id) for row in due if row.state == State.REGISTERED]
@@ -239,8 +237,6 @@ class Registrar:
                 crashpoint.reach("settled")
         return due
 
-    # --- from results to transitions
-
     def _evaluate_safely(self, results: Sequence[Result]) -> list[Transition]:
         """Evaluate results. If that fails unexpectedly twice, they are evaluated one by one.
 
@@ -253,14 +249,14 @@ class Registrar:
                 raise
             except Exception as error:  # noqa: BLE001 (registration must go on, whatever happens)
                 reason = f"Unexpected error {error!r}. Please report it"
-                text = f"{reason}. Registration goes on"
-                self._log("error", "internal_error", text, traceback=traceback.format_exc())
+                self._log(
+                    "error", "internal_error", f"{reason}. Registration goes on", traceback=traceback.format_exc()
+                )
         parts = [part for result in results for part in split(result)]
         if len(parts) > 1:
             return [transition for part in parts for transition in self._evaluate_safely([part])]
         part = parts[0]
-        is_registered = isinstance(part, Rechecked) or (isinstance(part, Failed) and part.origin is State.REGISTERED)
-        origin = State.REGISTERED if is_registered else State.PENDING
+        origin = State.REGISTERED if isinstance(part, Rechecked) else getattr(part, "origin", State.PENDING)
         return [Transition(origin, Event.GIVEN_UP, ids_of(part), reason=brief(reason))]
 
     def _evaluate(self, results: Iterable[Result]) -> list[Transition]:
@@ -299,8 +295,6 @@ class Registrar:
             else:
                 failed.append(Failed(registration, brief(f"it does not name {result.path}"), refused=True))
 
-    # --- pending registrations
-
     def _register(self, hashed: list[Hashed], failed: list[Failed]) -> list[Transition]:
         """Write the rows of hashed files. Registrations that the database refuses go to `failed`."""
         transitions: list[Transition] = []
@@ -334,11 +328,7 @@ class Registrar:
                 if refusal is None:
                     committed.append(one)
                     if self._debug is not None:
-                        entry, md5 = one.file
-                        where = {"path": path, "archive": entry.archive_name, "remote": entry.remote_path}
-                        self._debug(
-                            events.line("registered", "registered", {"id": registration["pub_id"], **where, "md5": md5})
-                        )
+                        self._debug(_line(one))
                     if changed and not registration.rounds:
                         new.append(registration["pub_id"])
                 else:
@@ -367,7 +357,6 @@ class Registrar:
         """Refuse registrations that can never become rows; schedule a retry of the others, or give them up."""
         transitions: list[Transition] = []
         given_up: list[Failed] = []
-        now = self._monotonic()
         withdrawn = [entry for failure in failed if failure.withdraw for entry in lookup.entries(failure.registration)]
         if withdrawn:  # they may have rows from before they were refused
             self._retry(lambda: self._database.withdraw(withdrawn))
@@ -380,7 +369,7 @@ class Registrar:
             elif lookup.is_given_up(registration.attempts, self._policy.give_up_after):
                 given_up.append(failure)
             else:
-                due = now + lookup.retry_delay(registration.attempts)
+                due = self._monotonic() + lookup.retry_delay(registration.attempts)
                 transitions.append(Transition(State.PENDING, Event.FAILED, [registration.id], due, reason))
                 if not registration.attempts:
                     text = f"A file cannot be read yet and is retried: {reason}"
@@ -400,6 +389,12 @@ class Registrar:
                 self._conditions.set_condition_for("file_missing", text, FILE_MISSING_S)
                 transitions.append(Transition(State.PENDING, Event.GIVEN_UP, [registration.id], reason=reason))
         return transitions
+
+
+def _line(hashed: Hashed) -> str:
+    entry, md5 = hashed.file
+    where = {"path": entry.local_path, "archive": entry.archive_name, "remote": entry.remote_path}
+    return events.line("registered", "registered", {"id": hashed.registration["pub_id"], **where, "md5": md5})
 
 
 def _keys(registration: Registration) -> dict[str, Any]:

@@ -230,53 +230,43 @@ class Workers:
         To be called several times a second while the workers are busy.
         """
         now = self._monotonic()
-        for worker in list(self._workers):
-            progress, since = worker.seen
-            if worker.path is None:
-                worker.seen = (-1, now)
-            elif worker.progress != progress:
-                worker.seen = (worker.progress, now)
-            elif now - since >= HANG_S:
-                self._abandon(worker)
-            elif now - since >= STALL_S and not worker.relieved:
-                self._relieve(worker, now)
+        with self._lock:
+            for worker in list(self._workers):
+                progress, since = worker.seen
+                if worker.path is None:
+                    worker.seen = (-1, now)
+                elif worker.progress != progress:
+                    worker.seen = (worker.progress, now)
+                elif now - since >= HANG_S:
+                    self._abandon(worker, worker.path)
+                elif now - since >= STALL_S and not worker.relieved:
+                    self._relieve(worker, worker.path, now)
         self._parking.probe(now)
 
-    def _relieve(self, worker: _Worker, now: float) -> None:
+    def _relieve(self, worker: _Worker, path: str, now: float) -> None:
         """Leave a worker the task in hand, which stalls. Another worker takes the rest."""
-        with self._lock:
-            if worker.path is None:  # it has just returned
-                return
-            worker.relieved = True
-            offset = worker.reading.offset if worker.reading is not None else 0
-            worker.folder = self._parking.suspend(worker.path, offset, now)
-            if (batch := worker.batch) is not None:
-                done = batch.done
-                rest = _Batch(batch.tasks[done + 1 :], batch.deliver)
-                worker.batch = _Batch(batch.tasks[done : done + 1], batch.deliver)
-                batch.tasks = batch.tasks[:done]
-                self._deliver(batch)
-                self._batches.put(rest)
-        if batch is not None:
-            self._start(self._work_quickly, "quick")
-        else:
+        worker.relieved = True
+        worker.folder = self._parking.suspend(path, worker.reading.offset if worker.reading is not None else 0, now)
+        if (batch := worker.batch) is None:
             self._start(self._work_in_slices, "hash")
-        self._wake()
+            return
+        done = batch.done
+        self._batches.put(_Batch(batch.tasks[done + 1 :], batch.deliver))
+        worker.batch = _Batch(batch.tasks[done : done + 1], batch.deliver)
+        batch.tasks = batch.tasks[:done]
+        self._deliver(batch)
+        self._start(self._work_quickly, "quick")
 
-    def _abandon(self, worker: _Worker) -> None:
+    def _abandon(self, worker: _Worker, path: str) -> None:
         """Let the task of a relieved worker fail."""
-        with self._lock:
-            if worker.path is None:  # it has just returned
-                return
-            worker.abandoned = True
-            self._workers.remove(worker)
-            worker.folder = self._parking.park(worker.folder)
-            if (batch := worker.batch) is not None:
-                batch.results.append(fail(batch.tasks[0], HungError()))
-                self._deliver(batch)
-            else:
-                self._finish(worker.path, fail_large(worker.path, HungError()))
-        self._wake()
+        worker.abandoned = True
+        self._workers.remove(worker)
+        worker.folder = self._parking.park(worker.folder)
+        if (batch := worker.batch) is not None:
+            batch.results.append(fail(batch.tasks[batch.done], HungError()))
+            self._deliver(batch)
+        else:
+            self._finish(path, fail_large(path, HungError()))
 
     def _return(self, worker: _Worker) -> None:
         """End a relieved worker, whose disk answers again."""
@@ -310,11 +300,11 @@ class Workers:
         with self._lock:
             worker.batch = None
             self._deliver(batch)
-        self._wake()
 
     def _deliver(self, batch: _Batch) -> None:
         batch.deliver(batch.results)  # before it is counted, so that there are no results when nobody is busy
         self._tasks -= len(batch.tasks)
+        self._wake()
 
     def _attempt(self, task: Task, folders: dict[str, bool]) -> Result | None:
         """Do a task; return None if its file is left to the other workers. Any error is the failure of this task."""
@@ -382,7 +372,6 @@ class Workers:
                 self._readings.put((reading.read, next(self._serial), reading))
             else:
                 self._finish(path, result)
-        self._wake()
 
     def _finish(self, path: str, result: HashResult) -> None:
         """Deliver the result of a large file to everyone who waits for it."""
@@ -395,3 +384,4 @@ class Workers:
         for start in range(0, len(ids), MAX_TASKS):
             self._results.append(result._replace(ids=ids[start : start + MAX_TASKS]))
         del self._waiting[path]
+        self._wake()
