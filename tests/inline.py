@@ -1,4 +1,4 @@
-"""Workers without threads: small tasks are done when they are submitted, large files when a test says so."""
+"""Workers without threads: small tasks are done when they are submitted, large files when a test calls `hash_large`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from socs_monitor.registration.workers import Workers
 
 
 class InlineWorkers(Workers):
-    """The real workers, their work done by the thread that calls."""
+    """The real workers, run by the calling thread."""
 
     def __init__(self, policy: Policy, parking: Parking, wake: Callable[[], None], small: int) -> None:
         super().__init__(policy, parking, wake, spawn=lambda work, name: None, small=small)
@@ -28,7 +28,7 @@ class InlineWorkers(Workers):
                 self._do(self._workers[0], batch)
 
     def hash_large(self) -> None:
-        """Hash all large files that were found."""
+        """Hash all pending large files."""
         while not self._readings.empty():
             _, _, reading = self._readings.get()
             assert reading is not None
