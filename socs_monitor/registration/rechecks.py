@@ -1,6 +1,6 @@
-"""Registered files until they settle: the memory for their re-checks, and the transitions out of state REGISTERED.
+"""Registered files until they settle: what their re-checks need, and the transitions out of state REGISTERED.
 
-A start has no such memory, so it registers those files again. Losing it is always harmless.
+This is kept in memory only. A start registers the files again, which is harmless.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class Rechecks:
         return transitions
 
     def supersede(self, registration: Registration, path: str) -> None:
-        """Note a refused announcement of a registered path: the new content does not belong to the earlier key."""
+        """Note that a registered path was announced again, and that announcement refused.
+
+        The new content does not belong to the earlier key.
+        """
         if path in self._latest:
             self._latest[path] = registration.id
 
@@ -156,7 +159,8 @@ class Rechecks:
             self._retry(self._database.sync)
         if refused:
             for registration in self._load(list(refused), failed):
-                failed.append(Failed(registration, refused[registration.id], True, True, State.REGISTERED))
+                reason = refused[registration.id]
+                failed.append(Failed(registration, reason, refused=True, withdraw=True, origin=State.REGISTERED))
         due = {Event.CHANGED: 0.0, Event.UNREADABLE: self._monotonic() + lookup.RECHECK_MAX_S}
         for event, ids in by_event.items():
             transitions.append(Transition(State.REGISTERED, event, ids, due.get(event)))
@@ -182,7 +186,7 @@ class Rechecks:
     def forget(self, transitions: Sequence[Transition]) -> None:
         """Forget the files that left state REGISTERED by transitions that were applied."""
         for origin, event, ids, _, _ in transitions:
-            if origin is State.REGISTERED and event is not Event.UNREADABLE:
+            if origin is State.REGISTERED and event not in (Event.UNREADABLE, Event.RESTARTED):
                 for id_ in ids:
                     file = self._files.pop(id_, None)
                     if file is not None and self._latest.get(file.path) not in self._files:

@@ -1,4 +1,4 @@
-"""The registrar and a database, or a spool, that does not take what it is given."""
+"""The registrar when the database or the spool fails, or an error is unexpected."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
     assert [level for level, _ in chain.said[said:]] == ["error", "info", "info"], chain.said[said:]
 
 
-def test_a_lock_is_tried_again_ever_more_rarely_and_every_one_to_two_seconds_in_the_end(chain: Chain) -> None:
+def test_a_lock_is_retried_with_backoff_up_to_two_seconds(chain: Chain) -> None:
     chain.write("0.dat", b"0")
     chain.accept("0.dat")
     chain.step()
@@ -134,7 +134,7 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
     assert not bool(chain.health.conditions)
 
 
-def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clock: Clock) -> None:
+def test_a_spool_that_is_locked_after_the_commit_is_updated_later(chain: Chain, clock: Clock) -> None:
     def row_is_there() -> None:
         assert chain.sums() == {"a.dat": sum_}
         assert chain.counts() == {"received": 1, "pending": 1}
@@ -187,7 +187,7 @@ def move_database_away(chain: Chain) -> None:
         path.unlink()
 
 
-def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, clock: Clock) -> None:
+def test_settling_files_are_registered_again_after_the_database_was_removed(chain: Chain, clock: Clock) -> None:
     sum_ = chain.write("a.dat", b"a")
     chain.accept("a.dat")
     chain.step()
@@ -200,7 +200,7 @@ def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, c
     assert chain.counts() == {"received": 1, "settled": 1}
 
 
-def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(chain: Chain, clock: Clock) -> None:
+def test_settling_files_are_registered_in_a_database_that_replaced_another(chain: Chain, clock: Clock) -> None:
     for name in ("a.dat", "b.dat"):
         chain.write(name, name.encode())
         chain.accept(name)
@@ -217,7 +217,7 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     assert chain.counts() == {"received": 3, "settled": 3}
 
 
-def test_a_replaced_database_is_noticed_whoever_saw_it_first(chain: Chain, clock: Clock) -> None:
+def test_a_replaced_database_is_noticed_even_after_a_read_reopened_it(chain: Chain, clock: Clock) -> None:
     chain.accept("missing.dat")
     chain.step()
     execute(chain.spool_path, "UPDATE registrations SET attempts = 1000, due = ?", clock.monotonic() + 1)

@@ -1,4 +1,4 @@
-"""The delays of retries and re-checks, and when a file is given up."""
+"""The schedule of retries and re-checks, and when a file is given up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_file_is_given_up_once_it_was_looked_for_long_enough(attempts: int, gi
 
 
 @pytest.mark.parametrize("give_up_after", [0.0, 0.1, 5.0, 3600.0, 86400.0])
-def test_a_file_is_looked_for_no_more_than_a_delay_longer_than_promised(give_up_after: float) -> None:
+def test_a_file_is_given_up_at_most_one_delay_late(give_up_after: float) -> None:
     looked_for = 0.0
     for attempts in itertools.count():
         if is_given_up(attempts, give_up_after):

@@ -89,7 +89,7 @@ def test_a_file_in_the_data_root_itself_is_parked_alone(parking: Parking) -> Non
     assert not covers(parking, "/data/a/y.dat")
 
 
-def test_a_root_is_parked_as_a_whole_at_so_many_folders(parking: Parking) -> None:
+def test_a_root_is_parked_with_its_fourth_folder(parking: Parking) -> None:
     for number in range(MAX_FOLDERS - 1):
         park(parking, f"/data/a/{number}/z.dat", 0.0)
         park(parking, "/data/b/x/z.dat", 0.0)  # counts once, and for the other root
@@ -121,7 +121,7 @@ def test_a_folder_is_released_when_a_call_comes_back(parking: Parking) -> None:
 
 
 @pytest.mark.parametrize("path", ["/data/a/x/missing", "/data/a/x/" + "n" * 256, "/"])
-def test_a_disk_that_answers_whatever_is_released_by_a_probe(parking: Parking, threads: Threads, path: str) -> None:
+def test_a_disk_that_answers_anything_is_released_by_a_probe(parking: Parking, threads: Threads, path: str) -> None:
     park(parking, path, 100.0)
     parking.probe(100.0 + PROBE_S - 1)
     assert not threads.work

@@ -1,4 +1,4 @@
-"""The threads that do all file operations: what they find, how they share and take turns, and those that hang."""
+"""The workers: what they find, how they share readings and take turns, and what happens when one hangs."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Bench:
         self.workers.submit(tasks)
 
     def wait(self, count: int, why: str = "the tasks are done") -> list[Result]:
-        """Wait for so many results altogether, and return all."""
+        """Wait for a total number of results, and return all."""
 
         def enough() -> bool:
             self.results += self.workers.take()
@@ -138,7 +138,7 @@ class Bench:
         return self.results
 
     def supervise_for(self, seconds: float, every: float = 1.0) -> None:
-        """Look at the workers each second, or so often, for so many seconds."""
+        """Supervise the workers for a number of seconds."""
         self.workers.supervise()
         for _ in range(round(seconds / every)):
             self.clock.advance(every)
@@ -191,7 +191,7 @@ def test_large_files_are_hashed_by_the_others(bench: Bench) -> None:
     assert {result.ids[0]: result.md5 for result in results if isinstance(result, HashedLarge)} == sums
 
 
-def test_what_fails_is_told_with_its_reason(bench: Bench, tmp_path: Path) -> None:
+def test_every_failure_has_a_reason(bench: Bench, tmp_path: Path) -> None:
     bench.root.joinpath("folder").mkdir()
     bench.root.joinpath("loop").symlink_to(bench.root / "loop")
     bench.root.joinpath("link").symlink_to("/etc/passwd")
@@ -216,7 +216,7 @@ def test_what_fails_is_told_with_its_reason(bench: Bench, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [ValueError("odd"), MemoryError(), OverflowError("odd"), RecursionError("odd")])
 @pytest.mark.parametrize("size", [1, 100])
-def test_an_unexpected_error_is_that_of_one_registration(
+def test_an_unexpected_error_fails_one_registration(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, size: int
 ) -> None:
     find = checksum._find
@@ -248,7 +248,7 @@ def test_an_unexpected_error_is_that_of_one_registration(
     assert reasons(bench.wait(6))[5] is None
 
 
-def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
+def test_a_recheck_finds_every_kind_of_change(bench: Bench) -> None:
     fingerprints = {}
     for name in ("same", "changed", "replaced", "gone", "folder", "loop"):
         bench.write(name)
@@ -275,7 +275,7 @@ def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
     assert "symbolic links" in results[5].reason
 
 
-def test_a_verified_file_is_still_what_was_hashed(bench: Bench) -> None:
+def test_verification_finds_changed_and_missing_files(bench: Bench) -> None:
     for name in ("same", "changed", "gone"):
         bench.write(name)
     same, changed, gone = (bench.hashed(name, id_) for id_, name in enumerate(("same", "changed", "gone")))
@@ -300,7 +300,7 @@ def sparse(bench: Bench, name: str, size: int) -> None:
         file.truncate(size)
 
 
-def test_the_file_of_which_least_was_read_is_next(tmp_path: Path, clock: Clock) -> None:
+def test_the_least_read_file_is_next(tmp_path: Path, clock: Clock) -> None:
     bench = Bench(tmp_path, clock, hash_workers=1, slice_size=1 << 20)
     for number in range(3):
         sparse(bench, f"huge{number}", 8 << 40)
@@ -343,7 +343,7 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
-def test_so_many_registrations_at_most_are_taken_at_a_time(bench: Bench, hang: Hang, succeeds: bool) -> None:
+def test_take_returns_a_bounded_number_of_registrations(bench: Bench, hang: Hang, succeeds: bool) -> None:
     bench.write("large", LARGE)
     for number in range(2):
         bench.write(f"blocker{number}", LARGE)
@@ -440,7 +440,7 @@ def test_a_worker_that_hangs_in_a_large_file_is_replaced(bench: Bench, hang: Han
     assert len(bench.wait_idle()) == 3
 
 
-def test_as_many_workers_as_before_are_at_work_after_one_hung(bench: Bench, hang: Hang) -> None:
+def test_each_hung_worker_is_replaced_by_one(bench: Bench, hang: Hang) -> None:
     for number in range(2):
         path = bench.path(f"{number}/large")
         bench.write(f"{number}/large", LARGE)
@@ -473,7 +473,7 @@ def test_a_worker_that_makes_progress_is_left_alone(tmp_path: Path, clock: Clock
     bench.close()
 
 
-def test_each_file_has_its_whole_time(tmp_path: Path, clock: Clock, hang: Hang) -> None:
+def test_the_stall_timeout_begins_again_with_each_file(tmp_path: Path, clock: Clock, hang: Hang) -> None:
     bench = Bench(tmp_path, clock, hash_workers=1)
     for name in ("empty", "another"):
         bench.write(name, b"")
@@ -557,7 +557,7 @@ def test_a_worker_that_hangs_does_not_keep_the_others_from_ending(bench: Bench, 
     wait_until(lambda: not bench.threads(), 20, "it ends, too")
 
 
-def test_there_is_room_for_so_many_tasks(bench: Bench, hang: Hang) -> None:
+def test_room_shrinks_with_the_tasks_in_hand(bench: Bench, hang: Hang) -> None:
     bench.write("a.dat")
     hang.add(bench.path("a.dat"))
     room = bench.workers.room
