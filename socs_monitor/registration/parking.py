@@ -67,10 +67,9 @@ class Parking:
         Raises:
             HungError: If it is in a suspended or parked folder.
         """
-        if self._folders:
-            folders = tuple(self._folders)
-            if is_below(f"{path}/", folders) or is_below(f"{os.path.normpath(path)}/", folders):
-                raise HungError
+        folders = tuple(self._folders)
+        if is_below(f"{path}/", folders) or is_below(f"{os.path.normpath(path)}/", folders):
+            raise HungError
 
     def suspend(self, path: str, offset: int, now: float) -> str:
         """Suspend the folder of a file where a call stalls.

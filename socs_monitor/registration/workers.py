@@ -309,7 +309,8 @@ class Workers:
     def _attempt(self, task: Task, folders: dict[str, bool]) -> Result | None:
         """Do a task; return None if its file is left to the other workers. Any error is the failure of this task."""
         try:
-            self._parking.check(path_of(task))
+            if self._parking:
+                self._parking.check(path_of(task))
             if isinstance(task, Registration):
                 return self._look_up(task)
             if isinstance(task, Recheck):
