@@ -20,7 +20,8 @@ from typing import Any
 from socs_monitor.health.health import Health
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.registration.registrar import Registrar, StoppedError
+from socs_monitor.registration.registrar import Registrar
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH, QUEUE_MAX, FileQueue, Intake
 from socs_monitor.spool.records import Incoming

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from socs_monitor.cli import offline
-from socs_monitor.cli.shared import size, span
+from socs_monitor.cli.shared import size
+from socs_monitor.health.units import span
 from socs_monitor.settings import Settings
 from socs_monitor.suprsync import readonly
 

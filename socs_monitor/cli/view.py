@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli.health import Health, State
-from socs_monitor.cli.shared import console, plain, size, span, utc
+from socs_monitor.cli.shared import console, plain, size, utc
+from socs_monitor.health.units import span
 
 _COLOURS = {State.ALL_WELL: "green", State.UNKNOWN: "yellow", State.DEGRADED: "red", State.NOT_RUNNING: "red"}
 _HEADLINES = {

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from socs_monitor.health.health import Health
-from socs_monitor.registration.workers import FailedLarge, HashedLarge
+from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import Correction, Row, plan_correction
 

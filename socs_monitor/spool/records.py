@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from socs_monitor.spool.states import Event, State
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 
 
 class Incoming(NamedTuple):

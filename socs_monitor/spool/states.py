@@ -29,7 +29,7 @@ class Event(StrEnum):
 
     COMMITTED = "row committed"
     FAILED = "missing, unreadable, hanging, unexpected error"
-    GIVEN_UP = "the same, after --give-up-after"
+    GIVEN_UP = "the same, after --give-up-after; unexpected error twice"
     KNOWN = "the same, but its key has a row"
     REFUSED = "refused, unparsable"
     DUE = "due"
@@ -57,6 +57,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.REGISTERED, Event.UNREADABLE): State.REGISTERED,
     (State.REGISTERED, Event.RESTARTED): State.PENDING,
     (State.REGISTERED, Event.REFUSED): State.DEAD,  # a link was retargeted
+    (State.REGISTERED, Event.GIVEN_UP): State.DEAD,
     (State.DEAD, Event.RETRIED): State.PENDING,
     (State.DEAD, Event.DISCARDED): State.DISCARDED,
 }

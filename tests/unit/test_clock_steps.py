@@ -10,7 +10,7 @@ import pytest
 from socs_monitor.feeds.forwarding import BACKLOG_AGE_S
 from socs_monitor.health.activity import MAX_STREAMS
 from socs_monitor.health.log import THROTTLE_S
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.report import BACKLOG_S, LOSS_S
 from socs_monitor.wire.sequences import GRACE_S
 from tests.chain import SETTLE_S, Chain, Clock, execute, write_lock

@@ -243,7 +243,7 @@ def test_a_missing_file_degrades_for_an_hour_and_a_refused_one_does_not(bench: B
         clock.advance(60)
     reason = bench.degraded()["file_missing"]
 
-    assert "never_comes: No such file or directory, given up after 60 min" in reason
+    assert "never_comes: No such file or directory, given up after 1 h" in reason
     ((level, text),) = bench.lines("file_missing")
     assert level == "error"
     assert f"sender={chain.SENDER} id=crate1slot2 path={bench.chain.path('never_comes')}" in text

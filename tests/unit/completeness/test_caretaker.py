@@ -16,7 +16,7 @@ from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile, St
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.workers import FailedLarge, HashedLarge
+from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile

@@ -86,7 +86,7 @@ class Front:
     def take(self, limit: int = 100) -> list[int]:
         """Take what is on the queue and claim what is due in the spool."""
         registrations = self.from_queue(limit)
-        registrations += [lookup.parse(due) for due in self.spool.apply([], self.clock.monotonic(), limit)]
+        registrations += lookup.parse(self.spool.apply([], self.clock.monotonic(), limit), [])
         return [number_of(registration) for registration in registrations]
 
     def take_all(self) -> list[int]:

@@ -28,6 +28,7 @@ TABLE = """
     REGISTERED  UNREADABLE  REGISTERED
     REGISTERED  RESTARTED   PENDING
     REGISTERED  REFUSED     DEAD
+    REGISTERED  GIVEN_UP    DEAD
     DEAD        RETRIED     PENDING
     DEAD        DISCARDED   DISCARDED
 """
@@ -45,6 +46,7 @@ MORE = {
     (State.PENDING, Event.REFUSED): REFUSED,
     (State.REGISTERED, Event.CHANGED): {"rounds": 2},
     (State.REGISTERED, Event.REFUSED): REFUSED,
+    (State.REGISTERED, Event.GIVEN_UP): ATTEMPT,
     (State.DEAD, Event.RETRIED): {"attempts": 0, "refused": 0},
 }
 NEW_REASON = {State.WAITING, State.DEAD}

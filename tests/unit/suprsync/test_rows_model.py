@@ -24,8 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from socs_monitor.completeness.caretaker import RETRY_S, Caretaker
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.registrar import StoppedError
-from socs_monitor.registration.workers import FailedLarge, Hash, HashedLarge
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.sql import Outcome
 from socs_monitor.suprsync.upsert import HashedFile
@@ -120,7 +120,7 @@ class Driver:
 
     def _hash(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
         answers: list[HashedLarge | FailedLarge] = []
-        self._chain.registrar.workers.submit([Hash(path, answers.append)])
+        self._chain.registrar.workers.hash(path, answers.append)
         self._chain.hash_large()
         if self._meanwhile is not None:
             self._meanwhile()
