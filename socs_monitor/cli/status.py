@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 
 from socs_monitor.cli import client
@@ -79,6 +80,8 @@ def _status(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace) -> int:
     from socs_monitor.cli import view
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # also if the parent ignores SIGINT: nohup, background jobs
+        signal.signal(number, signal.default_int_handler)
     found = evaluate(args)
     try:
         with view.live() as live:
@@ -87,5 +90,5 @@ def _watch(args: argparse.Namespace) -> int:
                 time.sleep(_WATCH_S)
                 found = evaluate(args)
     except KeyboardInterrupt:
-        view.show(found, args.instance_id)  # the last one stays when the live one is gone
+        view.show(found, args.instance_id)  # the live view is gone from the terminal by now
     return found.state.value

@@ -294,11 +294,13 @@ def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path:
     assert all(character.isprintable() or character == "\n" for character in done.stdout), repr(done.stdout)
 
 
-def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path, signal_: signal.Signals) -> None:
     monitor = registered(agent, tmp_path)
     terminal, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
-    watch = [OWN_BIN / "socs-monitor", "status", "--watch", *site(monitor)]
+    background = ["sh", "-c", 'trap "" INT; exec "$0" "$@"']  # as nohup and `&` in a script: SIGINT is ignored
+    watch = [*background, OWN_BIN / "socs-monitor", "status", "--watch", *site(monitor)]
     seen = b""
     with subprocess.Popen(watch, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True) as watcher:
         os.close(slave)
@@ -310,12 +312,14 @@ def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) 
                 seen += os.read(terminal, 65_536)
             return what in seen
 
-        wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
-        sent = announce(monitor, tmp_path / "more", 4, "more")
-        wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
-        assert sent
-        watcher.send_signal(signal.SIGINT)
-        wait_until(lambda: shows(b"\x1b[?1049l") and watcher.poll() is not None, 20, "it leaves the terminal as it was")
+        try:
+            wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
+            announce(monitor, tmp_path / "more", 4, "more")
+            wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
+            watcher.send_signal(signal_)
+            wait_until(lambda: shows(b"\x1b[?1049l") and watcher.poll() is not None, 20, "it ends")
+        finally:
+            watcher.kill()
     shows(b"")
     os.close(terminal)
     after = seen.partition(b"\x1b[?1049l")[2]
