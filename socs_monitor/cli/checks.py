@@ -12,7 +12,7 @@ import pwd
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from socs_monitor.cli import offline
@@ -49,7 +49,6 @@ class Finding(NamedTuple):
     """What a check found and what that means (`text`), and what to do (`advice`)."""
 
     verdict: Verdict
-    subject: str
     text: str
     advice: str = ""
 
@@ -66,7 +65,7 @@ class User(NamedTuple):
     gids: frozenset[int]
 
     def __str__(self) -> str:
-        return _name(pwd.getpwuid, self.uid)
+        return f"user {_name(pwd.getpwuid, self.uid)}"
 
     def may(self, path: str, access: int) -> bool:
         """Whether the file's mode grants the access."""
@@ -76,9 +75,9 @@ class User(NamedTuple):
 
 
 def agent_user(settings: Settings) -> User:
-    """Return the owner of the spool or, failing that, of the database; without either, the current user."""
+    """Return the owner of the spool or else of the database; if neither can be seen, the current user."""
     for path in (settings.spool_path, settings.db_path):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             status = os.stat(path)
             gids = {status.st_gid}
             with contextlib.suppress(KeyError):
@@ -90,167 +89,152 @@ def agent_user(settings: Settings) -> User:
 
 def udp_port(settings: Settings, running: bool) -> Iterator[Finding]:
     """Check that the agent listens on its UDP port or, if it is stopped, that the port is free."""
-    subject, port = "UDP port", settings.udp_port
+    port = settings.udp_port
     own = offline.agent_sockets(port, settings.spool_path)
     if running and own:
-        yield ok(subject, f"The agent listens on {port}.")
+        yield ok(f"The agent listens on {port}.")
         if dropped := sum(socket.dropped for socket in own):
-            text = f"The kernel has dropped {counted(dropped, 'datagram')} since the agent opened the port."
-            advice = "Check the receive buffer below. Register missing timestreams: socs-monitor backfill ROOT"
-            yield warning(subject, f"{text} Files they announced are not registered.", advice)
+            text = f"The kernel has dropped {counted(dropped, 'datagram')} since then: files may not be registered."
+            yield warning(text, "Check the receive buffer below. For timestreams, run: socs-monitor backfill ROOT")
     elif running:
         text = f"The agent does not listen on {port}: messages sent now are lost."
-        yield failure(subject, text, "See its log, then restart it.")
+        yield failure(text, "See its log, then restart it.")
     elif offline.sockets_on(port):
         text = f"Another process uses {port}, so the agent cannot listen there."
-        yield failure(subject, text, f"Stop that process, or change --udp-port. Run: ss -ulpn 'sport = :{port}'")
+        yield failure(text, f"Stop that process, or change --udp-port. Run: ss -ulpn 'sport = :{port}'")
     else:
-        yield ok(subject, f"{port} is free for the agent, which is not running.")
+        yield ok(f"{port} is free for the agent, which is not running.")
 
 
-def receive_buffer(settings: Settings, data: dict[str, Any]) -> Iterator[Finding]:
-    """Check that the kernel grants the receive buffer that the agent requests for bursts."""
-    subject, asked = "receive buffer", settings.udp_buffer
-    advice = (
-        f"Set net.core.rmem_max={asked} in /etc/sysctl.d/ and restart the agent. On the host, run: sysctl -w"
-        f" net.core.rmem_max={asked}"
-    )
-    if "socket" in data:
-        granted = data["socket"]["buffer"]
-        text = f"The agent has {size(granted)} of {size(asked)}."
-    else:
+def receive_buffer(asked: int, granted: int | None) -> Iterator[Finding]:
+    """Check that the kernel grants the requested receive buffer (bytes); None if the agent could not be asked."""
+    limit = f"net.core.rmem_max={asked}"
+    advice = f"Put {limit} in /etc/sysctl.d/, and restart the agent. On the host, run: sysctl -w {limit}"
+    who = "The agent has"
+    if granted is None:
         try:
             with open("/proc/sys/net/core/rmem_max") as file:
                 granted = min(asked, int(file.read()))
         except FileNotFoundError:
-            yield warning(subject, "The host's limit cannot be read from inside the container.", advice)
+            yield warning("The host's limit cannot be read from inside the container.", advice)
             return
-        text = f"Without CAP_NET_ADMIN the agent gets {size(granted)} of {size(asked)}."
-    if granted < asked:
-        yield warning(subject, f"{text} Datagrams of a burst may be dropped.", advice)
-    else:
-        yield ok(subject, text)
+        who = "Without CAP_NET_ADMIN the agent gets"
+    text = f"{who} {size(granted)} of {size(asked)}."
+    yield ok(text) if granted >= asked else warning(f"{text} Datagrams of a burst may be dropped.", advice)
 
 
 def database(settings: Settings) -> Iterator[Finding]:
-    """Check that the database can be read and has its tables, and that no row is in the future."""
-    subject, path = "database", settings.db_path
-    create = "Start the agent with --create-table True, or correct --db-path."
+    """Check that the database can be read and has its tables."""
+    path, creates = settings.db_path, settings.create_table
+    advice = "Start the agent with --create-table True, or correct --db-path."
     try:
         with contextlib.closing(readonly.connect(path)) as db:
             names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            missing = _TABLES - names
-            newest = 0.0
-            if not missing:
-                newest_100 = "SELECT timestamp FROM supersync_v0 ORDER BY id DESC LIMIT 100"
-                (newest,) = db.execute(f"SELECT coalesce(max(timestamp), 0) FROM ({newest_100})").fetchone()  # noqa: S608
     except FileNotFoundError:
-        if settings.create_table:
-            yield ok(subject, f"{path} does not exist yet. The agent creates it.")
-        else:
-            yield failure(subject, f"{path} does not exist.", create)
+        text = f"{path} does not exist"
+        yield ok(f"{text} yet. The agent creates it.") if creates else failure(f"{text}.", advice)
     except (sqlite3.Error, OSError) as error:
-        advice = "Check its permissions. If it is damaged, restore it from a backup."
-        yield failure(subject, f"{path} cannot be read: {error}.", advice)
+        text = f"{path} cannot be read: {error}."
+        yield failure(text, "Check its permissions. If it is damaged, restore it from a backup.")
     else:
+        missing = _TABLES - names
         if not missing:
-            yield ok(subject, f"{path} has its tables.")
-        elif settings.create_table and missing == _TABLES:
-            yield ok(subject, f"{path} has no tables yet. The agent creates them.")
+            yield ok(f"{path} has its tables.")
+        elif creates and missing == _TABLES:
+            yield ok(f"{path} has no tables yet. The agent creates them.")
         else:
-            yield failure(subject, f"{path} has no table {', '.join(sorted(missing))}.", create)
-        if (ahead := newest - time.time()) > _AHEAD_S:
-            text = f"The newest row is {span(ahead)} in the future, so the clock was set back. New rows look old."
-            yield failure("clock", text, "Set the clock.")
+            yield failure(f"{path} has no table {', '.join(sorted(missing))}.", advice)
 
 
-def permissions(settings: Settings) -> Iterator[Finding]:
-    """Check that the agent, and others who share the database, may write database and spool."""
-    user = agent_user(settings)
-    for subject, path in (("database", settings.db_path), ("spool", settings.spool_path)):
-        folder = _existing_folder(path)
-        files = [path + suffix for suffix in ("", "-wal", "-shm", ".lock") if os.path.exists(path + suffix)]
-        findings = []
-        if not user.may(folder, _WRITE | _ENTER):
-            text = f"The agent's user {user} may not write to the folder {_mode(folder)}, where SQLite creates files."
-            findings.append(failure(subject, text, f"Run chmod, or: chown {user} {folder}"))
-        if os.statvfs(folder).f_flag & os.ST_RDONLY:
-            findings.append(failure(subject, f"{folder} is on a read-only file system.", "Remount it. Run: dmesg"))
-        for file in files:
-            if not user.may(file, _READ | _WRITE):
-                text = f"The agent's user {user} may not write {_mode(file)}."
-                findings.append(failure(subject, text, f"Stop agent and SupRsync, then run: chown {user} {file}"))
-        if subject == "database" and files[:1] == [path]:
-            findings += _shared_database(files, folder)
-        yield from findings or [ok(subject, f"The agent's user {user} may write to {folder}.")]
+def permissions(user: User, path: str) -> Iterator[Finding]:
+    """Check that the agent's user may write a SQLite file, and the files that SQLite creates beside it."""
+    folder = _existing_folder(path)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        yield failure(f"{folder} is on a read-only file system.", "Remount it. Run: dmesg")
+    elif not user.may(folder, _WRITE | _ENTER):
+        text = f"The agent's {user} may not write to the folder {_mode(folder)}, where SQLite creates files."
+        yield failure(text, f"Run chmod, or: chown {user.uid} {folder}")
+    else:
+        yield ok(f"The agent's {user} may write to {folder}.")
+    for file in _sqlite_files(path):
+        if not user.may(file, _READ | _WRITE):
+            text = f"The agent's {user} may not write {_mode(file)}."
+            yield failure(text, f"Stop agent and SupRsync, then run: chown {user.uid} {file}")
 
 
-def _shared_database(files: list[str], folder: str) -> Iterator[Finding]:
+def sharing(path: str) -> Iterator[Finding]:
     """Check that whoever may write the database may also write the files that SQLite creates beside it."""
-    path = files[0]
+    if not os.path.exists(path):
+        return
     main = os.stat(path)
     shared = main.st_mode & 0o022
     if not shared:
-        text = f"Only its owner may write {_mode(path)}. Run SupRsync as that user, or make it group-writable."
-        yield ok("database", text)
+        yield ok(f"Only its owner may write {_mode(path)}. Run SupRsync as that user, or make it group-writable.")
         return
     others = f"Other users may write {_mode(path)}, but not"
-    for file in files:
+    for file in _sqlite_files(path):
         status = os.stat(file)
         if shared & ~status.st_mode or status.st_gid != main.st_gid:
             fix = f"chown --reference={path} {file}; chmod --reference={path} {file}"
-            yield failure("database", f"{others} {_mode(file)}.", f"Stop agent and SupRsync, then run: {fix}")
+            yield failure(f"{others} {_mode(file)}.", f"Stop agent and SupRsync, then run: {fix}")
+    folder = _existing_folder(path)
     status = os.stat(folder)
     if shared & ~status.st_mode or (shared & 0o020 and status.st_gid != main.st_gid):
         text = f"{others} the folder {_mode(folder)}, where SQLite creates -wal and -shm."
-        yield warning("database", text, f"Run: chgrp {main.st_gid} {folder}; chmod g+ws {folder}")
+        yield warning(text, f"Run: chgrp {main.st_gid} {folder}; chmod g+ws {folder}")
 
 
-def disks(settings: Settings) -> Iterator[Finding]:
-    """Check that database and spool are on local disks with enough space."""
-    for name, path in (("database", settings.db_path), ("spool", settings.spool_path)):
-        folder = _existing_folder(path)
-        kind = _file_system(folder)
-        state = os.statvfs(folder)
-        free = state.f_bavail * state.f_frsize
-        subject, text = f"{name}'s disk", f"{folder} is on {kind} with {size(free)} free."
-        if _NETWORK.search(kind):
-            yield failure(subject, f"{text} SQLite's locks do not work on network file systems.", "Use a local disk.")
-        elif kind in _VOLATILE:
-            yield warning(subject, f"{text} Its content is lost when host or container restart.", "Use a disk.")
-        elif free < _FULL:
-            yield failure(subject, text, "Free some space.")
-        elif name == "spool" and free < settings.spool_size:
-            text += f" The spool may grow to {size(settings.spool_size)}."
-            yield warning(subject, text, "Free some space, or lower --spool-size.")
-        else:
-            yield ok(subject, text)
+def disk(path: str, max_bytes: int = 0) -> Iterator[Finding]:
+    """Check that a SQLite file, which may grow to `max_bytes`, is on a local disk with enough space."""
+    folder = _existing_folder(path)
+    kind = _file_system(folder)
+    state = os.statvfs(folder)
+    free = state.f_bavail * state.f_frsize
+    text = f"{folder} is on {kind} with {size(free)} free."
+    if _NETWORK.search(kind):
+        yield failure(f"{text} SQLite's locks do not work on network file systems.", "Use a local disk.")
+    elif kind in _VOLATILE:
+        yield warning(f"{text} Its content is lost when host or container restart.", "Use a disk.")
+    elif free < _FULL:
+        yield failure(text, "Free some space.")
+    elif free < max_bytes:
+        yield warning(f"{text} The spool may grow to {size(max_bytes)}.", "Free some space, or lower --spool-size.")
+    else:
+        yield ok(text)
 
 
-def data_roots(settings: Settings) -> Iterator[Finding]:
-    """Check that the data roots exist and can be read."""
-    subject, user = "data roots", agent_user(settings)
-    if not settings.policy.data_roots:
+def data_roots(user: User, roots: Collection[str]) -> Iterator[Finding]:
+    """Check that the data roots exist and that the agent's user can read them."""
+    if not roots:
         text = "No data root is set: any file that a sender names is registered, and SupRsync may delete it."
-        yield warning(subject, text, "Set --data-root to the folders in which files are written.")
-    for root in settings.policy.data_roots:
+        yield warning(text, "Set --data-root to the folders in which files are written.")
+    for root in roots:
         if not os.path.isdir(root):
-            text = f"{root} is not a folder. Files outside of the data roots are refused."
-            yield failure(subject, text, "Mount it, or correct --data-root.")
+            yield failure(f"{root} is not a folder. Its files are refused.", "Mount it, or correct --data-root.")
         elif not user.may(root, _READ | _ENTER):
-            text = f"The agent's user {user} may not read {_mode(root)}."
-            yield failure(subject, text, f"Add {user} to its group, or run: chmod o+rx {root}")
+            text = f"The agent's {user} may not read {_mode(root)}."
+            yield failure(text, f"Add the user to its group, or run: chmod o+rx {root}")
         else:
-            yield ok(subject, f"{root} exists and can be read.")
+            yield ok(f"{root} exists and can be read.")
 
 
-def clock() -> Iterator[Finding]:
-    """Check that the kernel's clock is synchronised."""
+def clock(db_path: str) -> Iterator[Finding]:
+    """Check that the kernel's clock is synchronised, and that no row is in the future."""
     if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == _UNSYNCHRONISED:
         text = "The kernel's clock is not synchronised, so timestamps of rows and feeds may be wrong."
-        yield warning("clock", text, "Set up NTP. Run: timedatectl, or chronyc tracking")
+        yield warning(text, "Set up NTP. Run: timedatectl, or chronyc tracking")
     else:
-        yield ok("clock", "The kernel's clock is synchronised.")
+        yield ok("The kernel's clock is synchronised.")
+    with contextlib.suppress(sqlite3.Error, OSError):  # reported by `database`
+        with contextlib.closing(readonly.connect(db_path)) as db:
+            newest = db.execute("SELECT timestamp FROM supersync_v0 ORDER BY id DESC LIMIT 100").fetchall()
+        if (ahead := max((row[0] or 0 for row in newest), default=0) - time.time()) > _AHEAD_S:
+            text = f"The newest row is {span(ahead)} in the future, so the clock was set back. New rows look old."
+            yield failure(text, "Set the clock.")
+
+
+def _sqlite_files(path: str) -> list[str]:
+    return [path + suffix for suffix in ("", "-wal", "-shm", ".lock") if os.path.exists(path + suffix)]
 
 
 def _existing_folder(path: str) -> str:

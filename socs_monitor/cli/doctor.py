@@ -31,7 +31,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     table = Table.grid(padding=(0, 2))
     code = 0
-    for verdict, subject, text, advice in _findings(args):
+    for subject, (verdict, text, advice) in _findings(args):
         cell = Text(plain(text))
         if advice and verdict is not Verdict.OK:
             cell.append(f"\n-> {plain(advice)}", style="bold")
@@ -41,54 +41,60 @@ def _doctor(args: argparse.Namespace) -> int:
     return code
 
 
-def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
+    """Yield each finding with its subject."""
     try:
         settings = client.settings_of(args)
     except CommandError as error:
-        yield failure("configuration", str(error), "Fix this first: the other checks need it.")
+        yield "configuration", failure(str(error), "Fix this first: the other checks need it.")
         return
-    agent = args.instance_id
+    agent, db_path, spool_path = args.instance_id, settings.db_path, settings.spool_path
     if client.has_site_config(args):
-        yield ok("configuration", f"The site config has an entry for agent '{agent}'.")
+        yield "configuration", ok(f"The site config has an entry for agent '{agent}'.")
     else:
         text = f"No site config given. The default options of agent '{agent}' are checked."
-        yield warning("configuration", text, "Use --site-file, or set OCS_CONFIG_DIR.")
+        yield "configuration", warning(text, "Use --site-file, or set OCS_CONFIG_DIR.")
     data: dict[str, Any] = {}
     running = False
     with contextlib.suppress(OSError):  # reported by `permissions`
-        running = file.is_locked(settings.spool_path)
+        running = file.is_locked(spool_path)
     yield from _agent(args, running, data)
-    for subject, findings in {
-        "UDP port": checks.udp_port(settings, running),
-        "receive buffer": checks.receive_buffer(settings, data),
-        "database": checks.database(settings),
-        "permissions": checks.permissions(settings),
-        "disks": checks.disks(settings),
-        "data roots": checks.data_roots(settings),
-        "clock": checks.clock(),
-    }.items():
+    user = checks.agent_user(settings)
+    for subject, findings in (
+        ("UDP port", checks.udp_port(settings, running)),
+        ("receive buffer", checks.receive_buffer(settings.udp_buffer, data.get("socket", {}).get("buffer"))),
+        ("database", checks.database(settings)),
+        ("database", checks.permissions(user, db_path)),
+        ("database", checks.sharing(db_path)),
+        ("spool", checks.permissions(user, spool_path)),
+        ("database's disk", checks.disk(db_path)),
+        ("spool's disk", checks.disk(spool_path, settings.spool_size)),
+        ("data roots", checks.data_roots(user, settings.policy.data_roots)),
+        ("clock", checks.clock(db_path)),
+    ):
         try:
-            yield from findings
+            for finding in findings:
+                yield subject, finding
         except OSError as error:
-            yield failure(subject, f"The check failed: {error}.", "Run this as the agent's user, or as root.")
+            yield subject, failure(f"The check failed: {error}.", "Run this as the agent's user, or as root.")
 
 
-def _agent(args: argparse.Namespace, running: bool, data: dict[str, Any]) -> Iterator[Finding]:
+def _agent(args: argparse.Namespace, running: bool, data: dict[str, Any]) -> Iterator[tuple[str, Finding]]:
     """Check router and agent; the agent's ``session.data`` goes into `data`."""
     try:
         session = client.run_session(args)
     except client.RouterAwayError as error:
-        yield warning("router", str(error), "Start the router: until then there are no feeds and operations.")
+        yield "router", warning(str(error), "Start the router: until then there are no feeds and operations.")
     except CommandError as error:
         if running:
-            yield failure("agent", str(error), "The agent's process is running. See its log.")
+            yield "agent", failure(str(error), "The agent's process is running. See its log.")
         else:
-            yield warning("agent", str(error), "The agent is not running: messages sent now are lost. Start it.")
+            yield "agent", warning(str(error), "The agent is not running: messages sent now are lost. Start it.")
     else:
         data |= session.get("data") or {}
-        yield ok("router", "The router is up, and the agent answers.")
+        yield "router", ok("The router is up, and the agent answers.")
         if (status := session.get("status", "not started")) != "running":
             text = f"The operation run is {status}: files are not registered."
-            yield failure("agent", text, "Start the operation, or restart the agent.")
+            yield "agent", failure(text, "Start the operation, or restart the agent.")
         for condition, reason in data.get("degraded", {}).items():
-            yield failure("agent", f"{condition}: {reason}", "Run: socs-monitor status")
+            yield "agent", failure(f"{condition}: {reason}", "Run: socs-monitor status")

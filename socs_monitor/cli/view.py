@@ -33,7 +33,7 @@ def show(health: Health, agent: str) -> None:
 
 
 def live() -> Live:
-    """Return a full-screen display for repeated views."""
+    """Return a full-screen display."""
     return Live(console=console(), screen=True, auto_refresh=False)
 
 

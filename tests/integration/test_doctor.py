@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from socs_monitor import settings
 from tests.integration.test_cli import command, run, site
 from tests.integration.test_end_to_end import announce, wait_registered
 from tests.integration.test_status import elsewhere, without_router
-from tests.testbed.processes import OWN_BIN, Agent
+from tests.testbed.processes import OWN_BIN, Agent, free_udp_port
 
 StartAgent = Callable[..., Agent]
 
@@ -83,7 +84,8 @@ def test_a_stopped_agent_has_no_failures(stopped: Agent) -> None:
     assert "no agent 'pysmurf-monitor' is connected" in found["warning", "agent"]
 
 
-def test_an_agent_that_never_ran_has_no_failures(tmp_path: Path) -> None:
+def test_an_agent_that_never_ran_has_no_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "UDP_PORT", free_udp_port())  # the default may be in use on this machine
     found = diagnosis("--db-path", tmp_path / "new" / "suprsync.db")
     assert not failures(found)
     assert "does not exist yet. The agent creates it." in found["ok", "database"]
