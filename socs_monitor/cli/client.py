@@ -17,7 +17,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from ocs import site_config
+from ocs import ERROR, site_config
 
 from socs_monitor.cli.shared import CommandError
 
@@ -111,8 +111,8 @@ def run_session(args: argparse.Namespace) -> dict[str, Any]:
         raise CommandError(f"The router is up, but no agent '{agent}' is connected. Start it, or check --instance-id.")
     if "error" in reply:
         raise CommandError(f"The router rejected the call ({reply['error']}). Check hub in the site config.")
-    _, problem, session = reply["args"][0]
-    if "No task or process" in problem:
+    code, _, session = reply["args"][0]
+    if code == ERROR:
         raise CommandError(f"Agent '{agent}' is not a PysmurfMonitor: it has no operation run. Check --instance-id.")
     return session or {}
 

@@ -18,7 +18,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     for name, run, help_ in (
         ("list", _list, "show the dead letters and their reasons"),
         ("retry", _change, "process dead letters again, as if they had just arrived"),
-        ("discard", _change, "delete dead letters; their files are never registered"),
+        ("discard", _change, "delete dead letters; their files stay where they are, unregistered"),
     ):
         action = actions.add_parser(name, help=help_, description=help_.capitalize() + ".")
         add_agent_arguments(action)

@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import pytest
 from socs_monitor.cli import client, status
 from socs_monitor.cli import main as cli
 from socs_monitor.cli.health import Health, State
+from socs_monitor.cli.shared import CommandError
 from socs_monitor.spool import file as spoolfile
 from socs_monitor.wire.publisher import Publisher
 from tests.integration.test_cli import command, run, site
@@ -257,6 +260,36 @@ def test_a_hanging_agent_or_router_is_detected(
         found = report(elsewhere(monitor, f"http://127.0.0.1:{port}/call"))
     assert found.state.value == code
     assert said in found.note
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ('{"args": [[-1, "No task or process called \\"run\\"", {}]]}', "Agent 'other' is not a PysmurfMonitor"),
+        ('{"error": "wamp.error.not_authorized"}', "The router rejected the call (wamp.error.not_authorized)."),
+        ("<html>", "is not an OCS router"),
+    ],
+)
+def test_an_unexpected_reply_is_explained(tmp_path: Path, reply: str, said: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as router:
+        hub = f"wamp_server: ws://x, wamp_http: 'http://127.0.0.1:{router.server_port}', wamp_realm: x, address_root: x"
+        (tmp_path / "site.yaml").write_text(f"hub: {{{hub}}}\nhosts: {{}}\n")
+        words = ["status", "--site-file", str(tmp_path / "site.yaml"), "--instance-id", "other"]
+        thread = threading.Thread(target=router.handle_request)
+        thread.start()
+        with pytest.raises(CommandError) as error:
+            client.run_session(cli.make_parser(["status"]).parse_args(words))
+        thread.join()
+    assert said in str(error.value)
 
 
 def test_without_a_router_a_socket_of_another_process_is_not_the_agents(agent: StartAgent, tmp_path: Path) -> None:
