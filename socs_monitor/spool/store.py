@@ -61,9 +61,6 @@ _CLAIM = (
     f" WHERE {_BY_IDS}"
 )
 _NEXT_DUE = "SELECT min(due) FROM registrations WHERE due IS NOT NULL"
-_OLDEST_PENDING = (
-    f"SELECT id, received FROM registrations INDEXED BY pending WHERE state = '{State.PENDING}' ORDER BY id LIMIT 1"
-)
 _DEAD_IDS = "SELECT id FROM registrations WHERE state = 'dead' AND refused >= ? ORDER BY refused DESC, id LIMIT ?"
 
 # From the first registered one on: id, whether it is registered, and the path if the message has one.
@@ -278,7 +275,7 @@ class Spool:
     def oldest_pending(self) -> tuple[int, float] | None:
         """Return id and reception (unix time) of the oldest pending registration, or None."""
         with self._reading() as db:
-            oldest: tuple[int, float] | None = db.execute(_OLDEST_PENDING).fetchone()
+            oldest: tuple[int, float] | None = db.execute(file.OLDEST_PENDING).fetchone()
         return oldest
 
     def sync(self) -> None:

@@ -157,7 +157,7 @@ def test_files_are_registered_without_a_router(system: System) -> None:
     system.compose("stop", ROUTER)
     try:
         system.compose("restart", AGENT)
-        system.wait_healthy("all well; the router does not answer")
+        system.wait_healthy("all well; The router at ")
         with system.smurf_server() as server:
             sent = server.send(server.messages(10, BOTH_ARCHIVES))
         system.wait_registered(sent)
