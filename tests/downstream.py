@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from ocs.ocs_client import OCSClient
 
-from tests.testbed.processes import ENVS, OWN_BIN, Agent, Process, free_tcp_port, require
+from tests.testbed.ports import free_tcp_port
+from tests.testbed.processes import ENVS, OWN_BIN, Agent, Process, require
 
 AGGREGATOR_BIN = ENVS / "aggregator" / "bin"
 

@@ -10,7 +10,8 @@ import pytest
 
 from socs_monitor.crashpoint import POINTS
 from tests.evidence import acknowledged, check_registered, send_files, spool_of, spooled, wait_registered
-from tests.testbed.processes import Agent, Router, free_udp_port
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import Agent, Router
 from tests.testbed.smurf_server import SmurfServer
 
 # A start with registrations in the spool comes by these without a message.

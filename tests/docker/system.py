@@ -16,7 +16,8 @@ import pytest
 import yaml
 from ocs.ocs_client import OCSClient
 
-from tests.testbed.processes import ROOT, free_tcp_port, free_udp_port, rows, wait_until
+from tests.testbed.ports import free_tcp_port, free_udp_port
+from tests.testbed.processes import ROOT, rows, wait_until
 from tests.testbed.smurf_server import Message, SmurfServer
 
 AGENT = "ocs-pysmurf-monitor"

@@ -10,7 +10,8 @@ import pytest
 from ocs.ocs_client import OCSClient
 from ocs.testing import create_agent_runner_fixture, create_client_fixture
 
-from tests.testbed.processes import OWN_BIN, ROOT, Agent, Router, free_udp_port, rows, write_site_config
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import OWN_BIN, ROOT, Agent, Router, rows, write_site_config
 from tests.testbed.smurf_server import SmurfServer
 
 run_agent = create_agent_runner_fixture(str(ROOT / "socs_monitor" / "agent.py"), "pysmurf_monitor")

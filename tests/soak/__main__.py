@@ -23,7 +23,8 @@ import yaml
 
 from tests.evidence import acknowledged, check_rows, md5_of, spool_of, spooled
 from tests.socs import server_root, suprsync
-from tests.testbed.processes import PEER_BIN, Agent, Process, Router, free_udp_port, require, rows, wait_until
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import PEER_BIN, Agent, Process, Router, require, rows, wait_until
 from tests.testbed.smurf_server import FILE_MIX, Message, SmurfServer
 
 STREAMS = 6
