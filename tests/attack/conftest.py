@@ -1,4 +1,4 @@
-"""What the attacks share: most need no router, and say so by an address where none is."""
+"""Fixtures of the attacks. Most need no router."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.testbed.processes import Router
 
 @pytest.fixture
 def no_router(tmp_path: Path) -> Router:
-    """A router that is never started: files need none."""
+    """A router that is never started: registering files needs none."""
     return Router(tmp_path / "no-router")
