@@ -29,6 +29,12 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
 
 
 @pytest.fixture
+def no_router(tmp_path: Path) -> Router:
+    """A router that is never started: registering files needs none."""
+    return Router(tmp_path / "no-router")
+
+
+@pytest.fixture
 def agent(router: Router, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     """Start agents: `agent(**arguments of Agent)` returns one that listens. Each has its own folder."""
     started: list[Agent] = []
