@@ -36,7 +36,7 @@ def mount(tmp_path: Path) -> Iterator[HungFolder]:
 
 @contextlib.contextmanager
 def started(folder: Path, router: Router, *roots: Path) -> Iterator[tuple[Agent, SmurfServer]]:
-    """Start an agent with these data roots, and a sender that writes to the last one. At the end the agent is killed."""
+    """Start an agent with these data roots, and a sender that writes to the last one. The agent is killed after use."""
     agent = Agent(folder / "agent", router, options=[["--data-root", *map(str, roots)]])
     roots[-1].mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:

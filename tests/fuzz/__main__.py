@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --seconds N`: fuzz the parser and the whole monitor for N seconds, with a new seed each time."""
+"""`python -m tests.fuzz --seconds N`: fuzz the parser and the whole monitor for N seconds, with random seeds."""
 
 from __future__ import annotations
 
