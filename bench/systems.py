@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Process, Router, free_udp_port, udp_port_is_open
+from tests.testbed.ports import free_udp_port, udp_port_is_bound
+from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Process, Router
 
 FLOOR, OURS, PEER = "floor", "this agent", "published agent"
 
@@ -104,7 +105,7 @@ def floor(folder: Path, gather_s: float = _GATHER_S) -> Iterator[System]:
     command = [sys.executable, "-m", "bench.floor", port, db_path, gather_s]
     process = Process([str(part) for part in command], folder / "floor.log")
     with process:
-        process.wait_for(lambda: udp_port_is_open(port), 30, "opened its UDP port")
+        process.wait_for(lambda: udp_port_is_bound(port), 30, "opened its UDP port")
         yield System(FLOOR, process, port, db_path, 0.5)
         process.kill()  # it has no other way to end
 

@@ -87,6 +87,10 @@ DROP TABLE former;
 
 _IN_UNKNOWN_STATE = f"state NOT IN {tuple(map(str, STORED))}"
 
+OLDEST_PENDING = (
+    f"SELECT id, received FROM registrations INDEXED BY pending WHERE state = '{State.PENDING}' ORDER BY id LIMIT 1"
+)
+
 
 class SpoolError(Exception):
     """The spool cannot be used now; the call had no effect."""

@@ -1,4 +1,4 @@
-"""The container's health check, asked as Docker asks it."""
+"""The container's health check, run as Docker runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_health_check_is_healthy(system: System) -> None:
     system.wait_for_engine("healthy", ROUTER)
 
 
-def test_health_check_sees_run_stopped(system: System) -> None:
+def test_health_check_reports_that_run_is_stopped(system: System) -> None:
     client = system.client()
     client.run.stop()
     client.run.wait(timeout=20)
@@ -35,10 +35,10 @@ def test_health_check_sees_run_stopped(system: System) -> None:
     system.wait_healthy()
 
 
-def test_health_check_sees_that_files_do_not_get_through(system: System) -> None:
+def test_health_check_reports_that_files_are_not_registered(system: System) -> None:
     with system.locked_database(), system.smurf_server() as server:
         sent = server.send(server.messages(5))
-        wait_until(lambda: system.health().returncode == 3, 30, "the health check says degraded")
+        wait_until(lambda: system.health().returncode == 3, 30, "the health check reports degraded")
         assert system.health().stdout.startswith("degraded; database: the database")
         system.wait_for_engine("unhealthy")
     system.wait_registered(sent)
@@ -46,14 +46,14 @@ def test_health_check_sees_that_files_do_not_get_through(system: System) -> None
     system.wait_for_engine("healthy")
 
 
-def test_health_check_sees_an_agent_that_hangs(system: System) -> None:
+def test_health_check_reports_an_agent_that_hangs(system: System) -> None:
     with silent_router() as port:
         done = system.execute(HEALTH, options=["--env", f"SITE_HTTP=http://127.0.0.1:{port}/call"])
     assert done.returncode == 1
     assert "did not reply within 6 s" in done.stdout
 
 
-def test_health_check_sees_an_agent_that_is_not_on_the_router(system: System) -> None:
+def test_health_check_reports_an_agent_that_is_not_connected(system: System) -> None:
     done = system.execute(HEALTH, options=["--env", "INSTANCE_ID=somebody-else"])
     assert done.returncode == 1
     assert done.stdout.startswith("unknown; agent: The router is up, but no agent 'somebody-else' is connected")
@@ -67,7 +67,7 @@ def test_health_check_sees_an_agent_that_is_not_on_the_router(system: System) ->
         ("", 4, "not running; agent: The agent is not running: messages"),
     ],
 )
-def test_health_check_sees_without_a_router_what_is_wrong(system: System, command: str, code: int, said: str) -> None:
+def test_health_check_works_without_a_router(system: System, command: str, code: int, said: str) -> None:
     words = ["run", "--rm", "--no-deps", "--env", "SITE_HTTP=http://127.0.0.1:1/call", "--entrypoint", "dumb-init"]
     system.compose("stop", AGENT)
     try:

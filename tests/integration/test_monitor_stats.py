@@ -23,7 +23,8 @@ from socs_monitor.wire.sequences import GRACE_S
 from tests import hostile
 from tests.chain import write_lock
 from tests.evidence import send_files, wait_registered
-from tests.testbed.processes import Agent, Router, free_udp_port
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import Agent, Router
 from tests.testbed.smurf_server import SmurfServer
 from tests.testbed.subscriber import FeedMessage, Subscriber
 

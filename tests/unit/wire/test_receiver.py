@@ -16,7 +16,8 @@ from twisted.internet.task import Clock
 from socs_monitor.health.events import line
 from socs_monitor.wire import receiver as udp
 from tests.hostile import queue_of
-from tests.testbed.processes import free_udp_port, wait_until
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import wait_until
 
 ASKED = 100_000
 
