@@ -169,7 +169,7 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, garbage: byt
     chain.accept("1.dat")
 
     def restore() -> bool:
-        assert "no SQLite database" in chain.health.data(chain.spool.counts)["degraded"]["database"]
+        assert "not an SQLite database" in chain.health.data(chain.spool.counts)["degraded"]["database"]
         assert chain.db_path.read_bytes() == garbage
         if len(chain.waits) == 3:
             chain.db_path.unlink()
