@@ -17,7 +17,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
         "Announce files to the agent, as pysmurf does. The agent reads the files itself, so it must see them under the"
-        " same path. Files named *.g3 go to the archive timestreams, all others to smurf."
+        " same path. Files with the suffix .g3 go to the archive timestreams, all others to smurf."
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--to", type=_address, default=_TO, metavar="HOST:PORT", help="default: %(default)s")
