@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from socs_monitor.health.health import Health
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import Correction, Row, plan_correction
@@ -27,10 +28,6 @@ _BATCH = 100  # rows of a query, and corrections of a transaction
 _MAX_CHECKED = 50_000  # rows remembered for `RETRY_S`, some 200 bytes each
 _MAX_LINES = 20  # lines of the log about the corrections of a pass
 _STOP_S = 0.9  # seconds that a stop waits for the thread, which a hanging disk may hold
-
-
-class StoppedError(Exception):
-    """The caretaker was stopped during a pass."""
 
 
 HashFile = Callable[[str, Callable[[], bool]], HashedLarge | FailedLarge | None]

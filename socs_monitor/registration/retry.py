@@ -22,7 +22,7 @@ _BACKOFF_MAX_S = 2.0
 
 
 class StoppedError(Exception):
-    """The registrar was stopped while it repeated an operation. The spool still has every registration in hand."""
+    """Work that takes long was stopped. Nothing is lost: a later run repeats it."""
 
 
 class Retry:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from socs_monitor.completeness import caretaker as caretaker_module
-from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile, StoppedError
+from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
