@@ -1,1 +1,4 @@
-"""Measures the agent beside the bare work and beside the published agent: `python -m bench`, or `make bench`."""
+"""Benchmark of this agent, the published agent and the bare work: `make bench`, or `python -m bench`.
+
+`python -m bench.rows` measures what rows cost.
+"""

@@ -1,4 +1,4 @@
-"""`python -m bench`: measures, prints a table, writes bench/results.json and the plots. It judges nothing."""
+"""Run the benchmark, print a table, and write bench/results.json and the plots. There are no pass criteria."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Measure, and tell of it."""
+    """Run the benchmark and report the results."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short round of most cases, some two minutes")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of the main cases")
-    parser.add_argument("--plots-only", action="store_true", help="table and plots of the results that are there")
-    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="for results and plots")
+    parser.add_argument("--quick", action="store_true", help="run one short round of most cases, about two minutes")
+    parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds of the main cases")
+    parser.add_argument("--plots-only", action="store_true", help="report and plot the existing results")
+    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR", help="folder for results and plots")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not without removing the files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed
     console = Console(width=None if os.isatty(1) else 150)
     arguments.output.mkdir(parents=True, exist_ok=True)
     results_path = arguments.output / "results.json"
@@ -58,26 +58,26 @@ def main() -> None:
 
 
 def measure(plan: cases.Plan, console: Console) -> dict[str, Any]:
-    """Run all cases and return what `results.json` holds."""
+    """Run all cases and return the content of `results.json`."""
     results = cases.Results()
     began = time.monotonic()
-    facts = machine()  # before our own load
+    facts = machine()  # before the benchmark causes load itself
 
     def tell(what: str) -> None:
         console.print(f"{time.monotonic() - began:5.0f} s  {what}", highlight=False)
 
     @contextlib.contextmanager
     def part(what: str) -> Iterator[None]:
-        """A case that fails is told of and does not take the others with it."""
+        """Run one part; if it fails, report that and continue with the next part."""
         tell(what)
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other cases are worth having
+        except Exception as error:  # noqa: BLE001 - the other cases can still be measured
             results.trouble.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
             console.print(traceback.format_exc(), markup=False)
 
     if not systems.peer_installed():
-        results.trouble.append("the published agent is not installed, and not measured: see `make bench`")
+        results.trouble.append("The published agent is not installed and was not measured. Run: make bench")
     with tempfile.TemporaryDirectory(prefix="socs-monitor-bench-") as scratch:
         folder = Path(scratch)
         tell("writing files")
@@ -108,7 +108,7 @@ def measure(plan: cases.Plan, console: Console) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What of this machine the figures depend on."""
+    """Return the properties of this machine on which the figures depend."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cores": os.cpu_count(),
@@ -120,7 +120,7 @@ def machine() -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """The same with four digits, which is more than such figures are good for."""
+    """Round all numbers to four significant digits, which is more than their accuracy."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, float):

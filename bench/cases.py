@@ -1,4 +1,4 @@
-"""The cases: each is put to one system after the other, and what was measured goes into `Results`."""
+"""The benchmark cases. Each runs on one system after the other and adds its measurements to `Results`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _STATUS_PAUSE_S = 0.05
 
 
 class Plan(NamedTuple):
-    """How much is measured. Times in seconds, sizes in bytes, rates in messages a second."""
+    """Extent of the benchmark. Times in seconds, sizes in bytes, rates in messages per second."""
 
     rounds: int = 3
     large_rounds: int = 2
     alone: int = 60
-    alone_peer: int = 12  # each takes it most of a second
+    alone_peer: int = 12  # each takes most of a second
     idle_s: float = 10.0
     rates: Mapping[int, float] = {200: 2.0, 1000: 4.0, 5000: 3.0, 10_000: 4.0}  # rate to duration
     bursts: Mapping[int, float | None] = {3000: None, 20_000: 100_000.0}  # count to rate
     sizes: Mapping[int, int] = {64 << 10: 4000, 1 << 20: 1000, 16 << 20: 64, 256 << 20: 8}  # size to count
     sustained_s: float = 10.0
     agents: int = 6
-    grown_rows: int = 5_000_000  # 0 leaves this case out
+    grown_rows: int = 5_000_000  # 0 skips this case
     grown_rounds: int = 2
 
     @property
     def files(self) -> int:
-        """Small files that a round needs."""
+        """Number of small files that a round needs."""
         rated = sum(int(rate * seconds) for rate, seconds in self.rates.items())
         return self.alone + rated + sum(self.bursts) + int(1000 * self.rates[1000]) + 100
 
@@ -60,7 +60,7 @@ QUICK = Plan(
 
 
 class Results:
-    """Every value measured, by case, system and quantity."""
+    """All measured values, by case, system and quantity."""
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
@@ -70,16 +70,16 @@ class Results:
         self.trouble: list[str] = []
 
     def add(self, case: str, system: str, **values: float) -> None:
-        """Note values of one round."""
+        """Add values of one round."""
         for quantity, value in values.items():
             self._values[case][system][quantity].append(value)
 
     def add_latencies(self, case: str, system: str, seconds: Iterable[float]) -> None:
-        """Note how long single registrations took, seconds."""
+        """Add latencies of registrations, in seconds."""
         self._latencies[case][system] += seconds
 
     def summary(self) -> dict[str, Any]:
-        """Medians and extremes over the rounds; latencies over all registrations of all rounds, as quantiles."""
+        """Return medians and extremes over the rounds, and quantiles of the latencies over all rounds."""
         cases: dict[str, Any] = {
             case: {
                 system: {
@@ -98,22 +98,22 @@ class Results:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Quantiles by their names in percent."""
+    """Return quantiles, keyed by percentage."""
     ordered = sorted(values)
     marks = [0, *range(1, 100), 99.9, 100]
     return {f"{mark:g}": ordered[min(len(ordered) - 1, int(mark / 100 * len(ordered)))] for mark in marks}
 
 
 class Round:
-    """One round of the main cases over all systems, each of which is fresh.
+    """One round of the main cases on newly started systems.
 
     Args:
-        results: Where the values go.
-        plan: How much to measure.
+        results: Receives the values.
+        plan: Extent of the benchmark.
         systems: The systems by name.
-        prompt: The bare work again, committing at once: for latency.
-        files: Announcements of files that none of the systems knows yet.
-        number: Of the round; every round begins with another system.
+        prompt: A second instance of the bare work that commits at once, to measure latency.
+        files: Announcements of files that no system has registered yet.
+        number: Number of the round; each round starts with a different system.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Round:
         self._idle_cpu: dict[str, float] = {}
 
     def small(self) -> None:
-        """All cases of small files."""
+        """Run all cases with small files."""
         self._warm()
         self._alone()
         time.sleep(max(system.settle_s for system in self._turns()))
@@ -148,11 +148,11 @@ class Round:
             self._results.add("memory", system.name, now_mb=system.memory_mb(), peak_mb=system.memory_mb("VmHWM"))
 
     def large(self, files: Mapping[int, Sequence[Path]], links: Path) -> None:
-        """Throughput by file size, and what else is possible while the largest are read."""
+        """Measure throughput by file size, and latencies while the largest files are being read."""
         for size, paths in files.items():
             case, total_mb = f"files of {size} bytes", len(paths) * size / 1e6
             workers = min(2, os.cpu_count() or 1)
-            load.have_cached(paths)  # the kernel has turned to other files since they were written
+            load.fill_cache(paths)  # they may have left the page cache since they were written
             self._results.add(case, LIMIT, mb_per_s=total_mb / load.md5_limit_s(paths, workers))
             for system in self._turns():
                 messages = load.announce_links(paths, links / f"{size}-{system.place}")
@@ -179,7 +179,7 @@ class Round:
         return (self._systems[name] for name in [*names[first:], *names[:first]])
 
     def _warm(self) -> None:
-        """The first messages pay for imports, caches and tables."""
+        """Send some messages, so that imports, caches and tables are not measured."""
         files = self._take(50)
         for system in [*self._turns(), self._prompt]:
             load.run(system, files, 500.0, settle=False)
@@ -222,7 +222,7 @@ class Round:
 
 
 def note(results: Results, case: str, name: str, sample: load.Sample, cpu: bool) -> None:
-    """Note what came of a load. The cost is that of a registered file: what was lost is no work done."""
+    """Add the measurements of a load. The cost is per registered file, because lost files cause no work."""
     lost = sample.sent - sample.registered
     values: dict[str, float] = {"sent": sample.sent, "lost": lost, "tail_s": sample.tail_s}
     values["sending_s"] = sample.sending_s
@@ -232,13 +232,13 @@ def note(results: Results, case: str, name: str, sample: load.Sample, cpu: bool)
 
 
 class Caller(threading.Thread):
-    """Asks an agent for its status all the time: the reactor that answers late is late with its heartbeat, too."""
+    """Polls the status of an agent. If its reactor answers late, its heartbeat is late, too."""
 
     def __init__(self, system: System) -> None:
         super().__init__(daemon=True)
         self._agent = system.process if isinstance(system.process, Agent) else None
         self._ended = threading.Event()
-        self.worst_s = 0.0  # stays 0 for what cannot be asked
+        self.worst_s = 0.0  # stays 0 if the system has no status call
 
     def __enter__(self) -> Caller:
         self.start()
@@ -249,7 +249,7 @@ class Caller(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Ask until told to end."""
+        """Poll until the block ends."""
         if self._agent is None:
             return
         client = self._agent.client()
@@ -260,7 +260,7 @@ class Caller(threading.Thread):
 
 
 def sustained(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:
-    """The agent at 10,000 a second, while metadata runs at 500 a second and a client asks for the status."""
+    """Send 10,000 files per second while 500 metadata messages per second arrive and a client polls the status."""
     files = files[: int(10_000 * plan.sustained_s)]
     server = SmurfServer(folder / "metadata", streams=1)
     metadata = list(server.messages(len(files) // 20, ("metadata",)))
@@ -272,7 +272,7 @@ def sustained(results: Results, plan: Plan, folder: Path, files: Sequence[Messag
 
 
 def several(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:
-    """As many agents as there are servers, on one router: 10,000 a second in all, metadata and status calls too."""
+    """Share the load of `sustained` among several agents on one router."""
     case = f"{plan.agents} agents, 10000 a second in all"
     files = files[: int(10_000 * plan.sustained_s)]
     server = SmurfServer(folder / "metadata of several", streams=1)
@@ -306,12 +306,12 @@ def several(results: Results, plan: Plan, folder: Path, files: Sequence[Message]
 
 
 def grown(results: Results, plan: Plan, folder: Path, files: Sequence[Message]) -> None:
-    """The agent's cost of a registration in a database with many rows beside that in an empty one."""
+    """Compare the cost of a registration in a database with many rows and in an empty one."""
     count = int(5000 * plan.rates[5000])
     if not plan.grown_rows:
         return
     with agent(folder / "empty") as empty, agent(folder / "grown") as full:
-        load.run(full, files[-1:], None)  # which makes the table, with its index
+        load.run(full, files[-1:], None)  # creates the table with its indexes
         with sqlite3.connect(full.db_path, timeout=30) as database:
             database.execute(_FILL, {"rows": plan.grown_rows})
         database.close()
@@ -327,13 +327,13 @@ def _first(files: Sequence[Message], number: int) -> Sequence[Message]:
     return files[-51 - 50 * number :][:50]
 
 
-# Rows of files that are long in the archive, as years of use leave them.
+# Rows of files that were archived long ago, as after years of use.
 _FILL = """
 WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
 INSERT INTO supersync_v0 (local_path, local_md5sum, archive_name, remote_path, timestamp, remote_md5sum, copied,
     removed, failed_copy_attempts, deletable, "ignore")
 SELECT printf('/data/smurf_data/20240101/crate1slot%d/%d/outputs/%d_data.npy', i % 6, 1600000000 + i / 50, i),
-    lower(hex(randomblob(16))), 'smurf', printf('16%03d/crate1slot%d/%d_data.npy', i % 1000, i % 6, i),
-    1600000000.0 + i, NULL, 1600000100.0 + i, 1600000200.0 + i, 0, 1, 0
+    printf('%032x', i), 'smurf', printf('16%03d/crate1slot%d/%d_data.npy', i % 1000, i % 6, i),
+    1600000000.0 + i, printf('%032x', i), 1600000100.0 + i, 1600000200.0 + i, 0, 1, 0
 FROM n
 """

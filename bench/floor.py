@@ -1,7 +1,7 @@
-"""The bare work, to measure against: receive, json, open and md5 of the file, insert in batches; nothing else.
+"""The bare work as a baseline: receive, parse JSON, open and hash the file, insert in batches; nothing else.
 
-No durability before the commit, no validation, no log, no router, no second look at a file: no agent can do its
-work for less, and none that keeps its promises does it for the same.
+There is no durability before the commit, no validation, no log, no router and no re-check of files, so this is a lower
+bound of what any agent costs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INSERT INTO supersync_v0 (local_path, local_md5sum, archive_name, remote_path, t
 
 
 def row(datagram: bytes, now: float) -> tuple[str, str, str, str, float]:
-    """What a message says, and the sum of its file."""
+    """Return the row for a message, including the MD5 sum of its file."""
     message = json.loads(datagram)
     payload = message["payload"]
     path = payload["path"]
@@ -45,7 +45,10 @@ def _md5() -> hashlib._Hash:
 
 
 def receive(inlet: socket.socket, gather_s: float) -> list[bytes]:
-    """Wait for a datagram, and take what comes within `gather_s` (seconds) after it; 0 takes what is there."""
+    """Wait for a datagram and return it with those that arrive within `gather_s` seconds after it.
+
+    With 0, only datagrams that have already arrived are added.
+    """
     datagrams = [inlet.recv(65_536)]
     until = time.monotonic() + gather_s
     while len(datagrams) < _BATCH:
@@ -60,7 +63,7 @@ def receive(inlet: socket.socket, gather_s: float) -> list[bytes]:
 
 
 def main(port: int, db_path: str, gather_s: float) -> None:
-    """Do the work until killed."""
+    """Register files until the process is killed."""
     database = sqlite3.connect(db_path)
     database.execute(_SCHEMA)
     database.commit()

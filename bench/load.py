@@ -1,4 +1,4 @@
-"""The load: real files, and processes that announce them at a given rate; and what became of it."""
+"""The load: real files, processes that announce them at a given rate, and the measurement of the result."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SENDERS = 3
 SMALL = 4096
 
 _POLL_S = 0.004
-_CHECK_S = 0.5  # a process that spends less than a tenth of this while no row comes has nothing left to do
+_CHECK_S = 0.5  # a process that uses less than a tenth of this while no row appears is done
 _QUIET_S = 1.5
 _GIVE_UP_S = 90.0
 
 
 class Sample(NamedTuple):
-    """What came of one load. Times in seconds; `latencies` are of what was registered, from send to visible row."""
+    """Result of one load. Times in seconds; `latencies` of registered files, from send to visible row."""
 
     sent: int
     registered: int
@@ -40,13 +40,13 @@ class Sample(NamedTuple):
 
 
 def small_files(folder: Path, count: int) -> list[Message]:
-    """Files of 4 KiB as pysmurf writes them, and what announces them."""
+    """Create files of 4 KiB as pysmurf writes them, and return their announcements."""
     server = SmurfServer(folder, streams=SENDERS, sizes={"png": SMALL})
     return list(server.messages(count, ("png",)))
 
 
 def large_files(folder: Path, count: int, size: int) -> list[Path]:
-    """Sparse files of `size` bytes."""
+    """Create sparse files of `size` bytes."""
     folder.mkdir(parents=True)
     files = [folder / f"{number}.g3" for number in range(count)]
     for number, path in enumerate(files):
@@ -56,8 +56,8 @@ def large_files(folder: Path, count: int, size: int) -> list[Path]:
     return files
 
 
-def have_cached(files: Sequence[Path]) -> None:
-    """Read files, so that all that read them next find them in the page cache."""
+def fill_cache(files: Sequence[Path]) -> None:
+    """Read files into the page cache."""
     for path in files:
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 20):
@@ -65,7 +65,7 @@ def have_cached(files: Sequence[Path]) -> None:
 
 
 def announce_links(files: Sequence[Path], folder: Path) -> list[Message]:
-    """Give files new names, since one announced a second time would be no new row, and make their messages."""
+    """Link files under new names, because a repeated announcement adds no row, and return their announcements."""
     folder.mkdir(parents=True)
     sender = Publisher("STREAMER:ufm_emu2")
     sender.close()
@@ -78,7 +78,7 @@ def announce_links(files: Sequence[Path], folder: Path) -> list[Message]:
 
 
 def md5_limit_s(files: Sequence[Path], workers: int) -> float:
-    """Seconds that so many processes, which do nothing else, take to read and hash the files."""
+    """Return the seconds that `workers` processes need to read and hash the files, doing nothing else."""
     begin = time.monotonic()
     children = []
     for worker in range(workers):
@@ -103,15 +103,15 @@ def run(
     settle: bool = True,
     extra: Sequence[Message] = (),
 ) -> Sample:
-    """Send registrations to a system and wait for what comes of them.
+    """Send registrations to a system and wait until it has processed them.
 
     Args:
-        system: Whom to send to.
-        messages: What to send.
-        rate: Messages a second; None for as fast as they can be sent.
-        idle_cpu: Share of a core that the system takes anyway, which is not charged to the files.
-        settle: Wait, and count the cost, until it has done all that it does for these files.
-        extra: Other messages to send meanwhile, evenly spread, by a sender of their own.
+        system: The receiver.
+        messages: Registrations to send.
+        rate: Messages per second; None to send as fast as possible.
+        idle_cpu: Share of a core that the idle system uses; it is subtracted from the cost.
+        settle: Also wait for the work that follows the rows, and include its cost.
+        extra: Other messages that a separate sender spreads evenly over the load.
     """
     reader = Reader(system.db_path)
     try:
@@ -149,7 +149,7 @@ def run(
 def _senders(
     system: System, messages: Sequence[Message], rate: float | None, extra: Sequence[Message]
 ) -> tuple[memoryview, list[int]]:
-    """Start the senders; they share with us the times at which they sent."""
+    """Start the senders. Returns the send times, in shared memory, and the process ids."""
     times = memoryview(mmap.mmap(-1, 8 * len(messages))).cast("d")
     ignored = memoryview(mmap.mmap(-1, 8 * max(1, len(extra)))).cast("d")
     shares = []
@@ -183,7 +183,7 @@ def _send(publisher: Publisher, datagrams: Sequence[bytes], sent: memoryview, be
         if rate is None:
             due = begin
         elif rate > 500:
-            due = begin + int(number / rate * 1000) / 1000  # by the millisecond: a sleep for each would cost a core
+            due = begin + int(number / rate * 1000) / 1000  # 1 ms steps: a sleep per message would use a core
         else:
             due = begin + number / rate
         while (early := due - clock()) > 0:
@@ -193,7 +193,7 @@ def _send(publisher: Publisher, datagrams: Sequence[bytes], sent: memoryview, be
 
 
 def _watch(system: System, reader: Reader, first: int, expected: int, children: list[int]) -> list[tuple[int, float]]:
-    """Wait until all rows are there, or nothing more comes; returns which id was first seen when."""
+    """Wait until all rows exist, or no more appear. Returns each new last id and when it was first seen."""
     growth: list[tuple[int, float]] = []
     last, changed = first, time.monotonic()
     checked, cpu = changed, system.cpu_s()
@@ -220,7 +220,7 @@ def _watch(system: System, reader: Reader, first: int, expected: int, children: 
 
 
 def alone(system: System, messages: Sequence[Message], pause_s: float = 0.03) -> list[float]:
-    """Send one message at a time, each when the row of the one before is there; seconds from send to visible row."""
+    """Send one message at a time, waiting for each row. Returns the seconds from send to visible row."""
     reader = Reader(system.db_path)
     publisher = Publisher("crate1slot2", system.address)
     waited = []

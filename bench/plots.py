@@ -1,4 +1,4 @@
-"""The plots that the README shows."""
+"""Plots of the benchmark results, shown in the README."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bench.cases import LIMIT
 from bench.report import Summary, median
 from bench.systems import FLOOR, OURS, PEER
 
-# Told apart by everybody, colour-blind or not (Okabe and Ito); the marker helps on paper.
+# Colours that colour-blind readers can distinguish (Okabe and Ito), and markers for black-and-white prints.
 _STYLE = {FLOOR: ("#7f7f7f", "s"), OURS: ("#0072b2", "o"), PEER: ("#d55e00", "^"), LIMIT: ("#000000", "")}
 _RATES = (200, 1000, 5000, 10_000)
 
 
 def draw(summary: Summary, folder: Path) -> None:
-    """Draw all plots into a folder."""
+    """Draw all plots and save them in a folder."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     for name, make in (("loss", _loss), ("latency", _latency), ("cpu", _cpu), ("throughput", _throughput)):
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
@@ -44,7 +44,7 @@ def _loss(summary: Summary, axes: Axes) -> None:
         ylabel="registrations lost, %",
         ylim=(0, 125),
         yticks=range(0, 101, 20),
-        title="Loss against rate (files of 4 KiB)",
+        title="Loss by rate (files of 4 KiB)",
     )
 
 
@@ -58,7 +58,7 @@ def _cpu(summary: Summary, axes: Axes) -> None:
     cases = [f"{rate} a second" for rate in rates]
     _bars(summary, axes, cases, lambda case, name: median(summary, case, name, "cpu_us"), "{:.0f}")
     axes.set_xticks(range(len(rates)), [f"{rate:,}/s" for rate in rates])
-    axes.set(ylabel="µs", title="CPU for one registered file (4 KiB)")
+    axes.set(ylabel="µs", title="CPU per registered file (4 KiB)")
 
 
 def _bars(
@@ -102,13 +102,13 @@ def _throughput(summary: Summary, axes: Axes) -> None:
         points = [(size / 2**20, value) for size, value in points if value is not None]
         if points:
             colour, marker = _STYLE[name]
-            label = "md5 limit, two processes" if name == LIMIT else name
+            label = "MD5 limit, two processes" if name == LIMIT else name
             line = ":" if name == LIMIT else "-"
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker or None, label=label)
     axes.set_xscale("log", base=2)
     marks = [size / 2**20 for size in sizes]
     axes.set_xticks(marks, [f"{mark:g}" if mark >= 1 else f"1/{1 / mark:g}" for mark in marks])
-    axes.set(xlabel="size of a file, MiB", ylabel="MB/s", title="Throughput against file size")
+    axes.set(xlabel="file size, MiB", ylabel="MB/s", title="Throughput by file size")
     axes.set_ylim(bottom=0)
     _legend_below(axes)
 

@@ -1,4 +1,4 @@
-"""The table that the benchmark prints."""
+"""Table of the benchmark results."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Summary = Mapping[str, Any]
 
 
 def median(summary: Summary, case: str, system: str, quantity: str) -> float | None:
-    """A median of the results; None where it was not measured."""
+    """Return the median of a quantity, or None if it was not measured."""
     found = summary["cases"].get(case, {}).get(system, {}).get(quantity)
     return None if found is None else found["median"]
 
 
 def latency(summary: Summary, case: str, system: str, percent: str) -> float | None:
-    """A quantile of the latencies, seconds; None where it was not measured."""
+    """Return a quantile of the latencies in seconds, or None if it was not measured."""
     return summary["latency_s"].get(case, {}).get(system, {}).get(percent)
 
 
 def table(summary: Summary) -> Table:
-    """All that was measured, one quantity a line, and this agent's ratios to the others."""
+    """Return a table with one quantity per line, and the ratios of this agent to the others."""
     machine = summary["machine"]
     rounds = f"{summary['rounds']} round{'s' if summary['rounds'] > 1 else ''}"
     title = f"{machine['cores']} cores, Python {machine['python']}, {machine['date']}; medians of {rounds}"
     made = Table(title=title, title_justify="left")
     made.add_column("case", no_wrap=True)
-    for column in (FLOOR, OURS, PEER, "to the floor", "to the published"):
+    for column in (FLOOR, OURS, PEER, "ratio to floor", "ratio to published"):
         made.add_column(column, justify="right")
 
     def line(what: str, values: Callable[[str], float | None], unit: str, scale: float = 1.0) -> None:
@@ -43,12 +43,12 @@ def table(summary: Summary) -> Table:
 
     for case, systems in summary["cases"].items():
         if any("cpu_us" in quantities for quantities in systems.values()):
-            line(f"CPU a file, {case}", lambda name, case=case: median(summary, case, name, "cpu_us"), "µs")
+            line(f"CPU per file, {case}", lambda name, case=case: median(summary, case, name, "cpu_us"), "µs")
     made.add_section()
     for case, systems in summary["cases"].items():
         if any("lost" in quantities for quantities in systems.values()):
             sent = median(summary, case, OURS, "sent")
-            line(f"lost of {sent:,.0f}, {case}", lambda name, case=case: median(summary, case, name, "lost"), "")
+            line(f"lost, of {sent:,.0f}, {case}", lambda name, case=case: median(summary, case, name, "lost"), "")
             line("  last row after last message", lambda name, case=case: median(summary, case, name, "tail_s"), "s")
     made.add_section()
     for case in summary["latency_s"]:
@@ -65,11 +65,11 @@ def table(summary: Summary) -> Table:
             limit = systems[LIMIT]["mb_per_s"]["median"]
             line(f"{case} (md5: {limit:,.0f})", lambda name, case=case: median(summary, case, name, "mb_per_s"), "MB/s")
     behind = "behind large files"
-    line("a small file behind the largest", lambda name: median(summary, behind, name, "small_behind_s"), "s")
-    line("worst answer to a status call then", lambda name: median(summary, behind, name, "worst_status_s"), "s")
+    line("latency of a small file behind large ones", lambda name: median(summary, behind, name, "small_behind_s"), "s")
+    line("slowest status call meanwhile", lambda name: median(summary, behind, name, "worst_status_s"), "s")
     made.add_section()
     line("idle", lambda name: median(summary, "idle", name, "cpu_share"), "% of a core", 100)
-    line("memory before much work", lambda name: median(summary, "memory", name, "idle_mb"), "MB")
+    line("memory before the load", lambda name: median(summary, "memory", name, "idle_mb"), "MB")
     line("memory after all small files", lambda name: median(summary, "memory", name, "now_mb"), "MB")
-    line("memory at its peak", lambda name: median(summary, "memory", name, "peak_mb"), "MB")
+    line("peak memory", lambda name: median(summary, "memory", name, "peak_mb"), "MB")
     return made

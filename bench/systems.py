@@ -1,4 +1,4 @@
-"""What is measured: the bare work, this agent and the published one, each a real process; and what /proc says of it."""
+"""The measured systems (the bare work, this agent, the published agent) as real processes, and their resource use."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Process, Router, free_udp_port, udp_port_is_open
+from tests.testbed.ports import free_udp_port, udp_port_is_bound
+from tests.testbed.processes import OWN_BIN, PEER_BIN, Agent, Process, Router
 
 FLOOR, OURS, PEER = "floor", "this agent", "published agent"
 
-# The agent looks at each file a second time five seconds after its row; what that costs belongs to the registration.
+# Seconds. The agent re-checks each file five seconds after its row; the cost of that belongs to the registration.
 SETTLED_S = 6.0
-# The bare work gathers so long in what measures its cost, since a commit for few files is dear; for latency not at all.
+# Seconds during which the bare work collects a batch when its cost is measured, because small commits are expensive.
+# When its latency is measured, it does not wait.
 _GATHER_S = 0.05
 
 
 class System(NamedTuple):
     """One running process under measurement.
 
-    `settle_s` is how long after its last row it still works on what it has registered.
+    `settle_s` is how long (seconds) it still works on its registrations after its last row.
     """
 
     name: str
@@ -34,7 +36,7 @@ class System(NamedTuple):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where its senders send to."""
+        """Host and port to which its senders send."""
         return "127.0.0.1", self.udp_port
 
     @property
@@ -43,12 +45,12 @@ class System(NamedTuple):
         return self.db_path.parent.name
 
     def cpu_s(self) -> float:
-        """User and system time that the process has spent, seconds."""
-        # its clock by clock_getcpuclockid(3), which Python lacks; /proc counts hundredths of a second
+        """Return the user and system time of the process in seconds."""
+        # The clock of clock_getcpuclockid(3), which Python lacks; /proc has a resolution of only 10 ms.
         return time.clock_gettime(~self.process.pid << 3 | 2)
 
     def memory_mb(self, field: str = "VmRSS") -> float:
-        """Memory of the process by a field of its status, MB."""
+        """Return the memory of the process in MB, from a field of /proc/<pid>/status."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024 / 1e6
@@ -56,7 +58,7 @@ class System(NamedTuple):
 
 
 class Reader:
-    """Watches a database grow, from its outside and without holding up who writes it."""
+    """Observes a growing database from outside, without blocking its writer."""
 
     def __init__(self, db_path: Path) -> None:
         self._uri = f"file:{db_path}?mode=ro"
@@ -68,14 +70,14 @@ class Reader:
             self._connection.close()
 
     def last_id(self) -> int:
-        """Id of the latest row; -1 while that cannot be told: nobody has made a table, or somebody is committing."""
+        """Return the id of the latest row, or -1 while it is unknown: there is no table, or a commit is in progress."""
         try:
             return self._connected().execute("SELECT max(id) FROM supersync_v0").fetchone()[0] or 0
         except sqlite3.OperationalError:
             return -1
 
     def paths(self, after: int) -> list[tuple[int, str]]:
-        """Id and path of the rows after the id `after`."""
+        """Return id and path of all rows with an id above `after`."""
         for _ in range(1000):
             try:
                 found = self._connected().execute("SELECT id, local_path FROM supersync_v0 WHERE id > ?", (after,))
@@ -91,26 +93,26 @@ class Reader:
 
 
 def peer_installed() -> bool:
-    """Whether the published agent is there to be measured."""
+    """Return whether the published agent is installed."""
     return (PEER_BIN / "ocs-agent-cli").exists()
 
 
 @contextlib.contextmanager
 def floor(folder: Path, gather_s: float = _GATHER_S) -> Iterator[System]:
-    """The bare work."""
+    """Run the bare work."""
     folder.mkdir(parents=True)
     port, db_path = free_udp_port(), folder / "suprsync.db"
     command = [sys.executable, "-m", "bench.floor", port, db_path, gather_s]
     process = Process([str(part) for part in command], folder / "floor.log")
     with process:
-        process.wait_for(lambda: udp_port_is_open(port), 30, "opened its UDP port")
+        process.wait_for(lambda: udp_port_is_bound(port), 30, "opened its UDP port")
         yield System(FLOOR, process, port, db_path, 0.5)
-        process.kill()  # it knows no other end
+        process.kill()  # it has no other way to end
 
 
 @contextlib.contextmanager
 def agent(folder: Path, name: str = OURS) -> Iterator[System]:
-    """This agent or the published one, with a router of its own: both have the same address on it."""
+    """Run this agent or the published one, with its own router, because both use the same address."""
     folder.mkdir(parents=True, exist_ok=True)
     with Router(folder) as router, _agent(folder, router, name) as system:
         yield system
@@ -118,7 +120,7 @@ def agent(folder: Path, name: str = OURS) -> Iterator[System]:
 
 @contextlib.contextmanager
 def several(folder: Path, count: int) -> Iterator[list[System]]:
-    """Some of this agent, one a SMuRF server, on one router."""
+    """Run several instances of this agent, one per SMuRF server, on one router."""
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
         router = stack.enter_context(Router(folder))
@@ -133,13 +135,13 @@ def _agent(folder: Path, router: Router, name: str, instance: str = Agent.INSTAN
         process.wait_listening(120)
         process.client()
         yield System(name, process, process.udp_port, process.db_path, 1.0 if name == PEER else SETTLED_S)
-        with contextlib.suppress(AssertionError):  # the published one may take its time
+        with contextlib.suppress(AssertionError):  # the published agent may be slow to stop
             process.stop()
 
 
 @contextlib.contextmanager
 def everything(folder: Path) -> Iterator[dict[str, System]]:
-    """All of them at once; they are loaded in turn, and what an idle one costs is told by its own case."""
+    """Run all systems at once. They are loaded in turn; the cost of an idle one is measured separately."""
     with contextlib.ExitStack() as stack:
         systems = [stack.enter_context(floor(folder / "floor")), stack.enter_context(agent(folder / "ours"))]
         if peer_installed():

@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `make docs`. Needs no network, so there is no intersphinx."""
+"""Sphinx configuration for `make docs`. No intersphinx, because the build must work without a network."""
 
 import socs_monitor
 
@@ -15,19 +15,19 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 default_role = "py:obj"
-smartquotes = False  # what is quoted of the log is to be found in the log
+smartquotes = False  # so that quoted messages can be searched for in the log
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature has none then, the docstring's sections say what matters
+autodoc_typehints = "none"  # the docstrings describe the types
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 
 def skip_member(_app, _what, _name, member, skip, _options):
-    """Leave out the fields of named tuples, of which Python itself says no more than their numbers."""
+    """Skip the fields of named tuples, whose generated docstrings only give their positions."""
     return skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
 
 
 def setup(app):
-    """Called by Sphinx."""
+    """Register the hook. Called by Sphinx."""
     app.connect("autodoc-skip-member", skip_member)

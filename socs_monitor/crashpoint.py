@@ -1,7 +1,7 @@
-"""Named points at which a test can have this process killed, to see that what was acknowledged survives.
+"""Named points at which a test can kill this process, to verify that acknowledged registrations survive.
 
-The environment variable ``SOCS_MONITOR_CRASH`` names one; the process then kills itself there with SIGKILL.
-Unset, as it is in use, a point is one comparison.
+The environment variable ``SOCS_MONITOR_CRASH`` names a point; the process kills itself there with SIGKILL. In normal
+use it is unset, and a point costs one comparison.
 """
 
 import os

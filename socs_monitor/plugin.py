@@ -1,4 +1,4 @@
-"""The OCS plugin table: which agent classes this package provides."""
+"""The OCS plugin table: the agent classes of this package."""
 
 package_name = "socs_monitor"
 agents = {"PysmurfMonitor": {"module": "socs_monitor.agent", "entry_point": "main"}}

@@ -1,6 +1,6 @@
-"""How the agent is: ``session.data``, and the conditions that the figures in it make.
+"""Builds ``session.data``, and evaluates the conditions that follow from its figures.
 
-`Report.look` is for the reactor's thread, each second; `Report.data` for any.
+`Report.update` is called in the reactor's thread every second, `Report.data` from any thread.
 """
 
 from __future__ import annotations
@@ -16,35 +16,31 @@ from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
 from socs_monitor.wire.receiver import Receiver
 from socs_monitor.wire.sequences import Sequences
+from socs_monitor.wire.text import plural
 
-# Seconds for which messages that were lost degrade the agent.
+# Seconds for which lost messages degrade the agent.
 LOSS_S = 300.0
 
-# Part of its size above which the spool is nearly full.
+# Fraction of its size above which the spool is nearly full.
 NEARLY_FULL = 0.9
 
 # Seconds for which a registration may wait for its row.
-OLDEST_S = 60.0
-
-_LOST = (
-    "A data_file among them cannot be asked for again. Missing timestreams are found and registered with: socs-monitor"
-    " backfill ROOT"
-)
+BACKLOG_S = 60.0
 
 
 class Report:
-    """Looks at all parts of the agent.
+    """Reports on all parts of the agent.
 
     Args:
         health: Counters and conditions.
-        sequences: Knows what senders lost.
+        sequences: Counts lost messages.
         spool: The spool.
-        intake: Measures it.
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
+        intake: Measures the spool.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
 
     Attributes:
-        receiver (Receiver): The UDP port; None before there is one.
-        log (LogPipe): Where the log goes; None where another program or nobody has it.
+        receiver (Receiver): The UDP port; None before it is opened.
+        log (LogPipe): Where the log goes; None if there is no standard output.
     """
 
     def __init__(
@@ -60,123 +56,115 @@ class Report:
         self._spool = spool
         self._intake = intake
         self._monotonic = monotonic
-        self._begin = monotonic()
+        self._started = monotonic()
         self._dropped = 0
         self._lines_dropped = 0
         self._crowded_out = spool.crowded_out
         self.receiver: Receiver | None = None
         self.log: LogPipe | None = None
 
-    def look(self) -> None:
-        """Log what is due, and let conditions begin and end."""
+    def update(self) -> None:
+        """Write the log lines that are due, and begin and end conditions."""
         self._health.tick()
-        self._look_for_gaps()
+        self._report_losses()
         if self.receiver is not None:
-            self._look_at_socket(self.receiver)
-        self._look_at_spool()
-        self._look_at_oldest()
-        self._look_at_dead_letters()
+            self._check_socket(self.receiver)
+        self._check_spool()
+        self._report_discarded()
         if self.log is not None:
-            self._look_at_log(self.log)
+            self._report_dropped_lines(self.log)
 
-    def _look_for_gaps(self) -> None:
+    def _report_losses(self) -> None:
         for loss in self._sequences.settle():
-            when = datetime.fromtimestamp(loss.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            when = datetime.fromtimestamp(loss.last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             text = (
-                f"{loss.lost} messages of {loss.sender} ({loss.id}, {loss.script}) were lost on their way at {when},"
-                f" {self._sequences.lost} of all senders so far. {_LOST}"
+                f"Lost {plural(loss.lost, 'message')} from {loss.id} ({loss.sender}) at {when}. UDP cannot resend them."
+                " Register the timestream files that they announced. Run: socs-monitor backfill ROOT"
             )
             keys: dict[str, Any] = {"sender": loss.sender, "id": loss.id, "script": loss.script}
             self._health.log.log_throttled("warn", "messages_lost", text, **keys, lost=loss.lost)
             self._health.conditions.set_condition_for("messages_lost", text, LOSS_S)
 
-    def _look_at_socket(self, receiver: Receiver) -> None:
-        health = self._health
+    def _check_socket(self, receiver: Receiver) -> None:
         receiver.measure()
         if (dropped := receiver.dropped - self._dropped) > 0:
+            if receiver.buffer < receiver.asked:
+                advice = f"Allow a larger one and restart the agent. Run: sysctl -w net.core.rmem_max={receiver.asked}"
+            else:
+                advice = "Register the timestream files that they announced. Run: socs-monitor backfill ROOT"
             text = (
-                f"the kernel dropped {dropped} datagrams, {receiver.dropped} so far: they came faster than the agent"
-                f" read them, and its receive buffer of {receiver.buffer} bytes was full. {_LOST}. See that the host is"
-                f" not overloaded; where the buffer is below the {receiver.asked} bytes asked for: sysctl -w"
-                f" net.core.rmem_max={receiver.asked}"
+                f"The kernel dropped {plural(dropped, 'datagram')} because the receive buffer ({receiver.buffer} bytes)"
+                f" was full. UDP cannot resend them. {advice}"
             )
-            health.log.log_throttled("warn", "kernel_drops", text, dropped=dropped)
-            health.conditions.set_condition_for("kernel_drops", text, LOSS_S)
+            self._health.log.log_throttled("warn", "kernel_drops", text, dropped=dropped)
+            self._health.conditions.set_condition_for("kernel_drops", text, LOSS_S)
         self._dropped = receiver.dropped
-        if receiver.listening:
-            health.conditions.clear_condition("socket", "the UDP port is bound again")
-        else:
-            health.conditions.set_condition(
-                "socket",
-                f"the UDP port {receiver.port} cannot be bound: no message arrives, and what is sent now is lost. It is"
-                " tried again every second. Find out who has the port: ss -ulpn",
-            )
+        self._health.conditions.evaluate_condition(
+            "socket",
+            not receiver.listening,
+            f"UDP port {receiver.port} cannot be bound. Messages sent now are lost. The agent tries again every second;"
+            " find the program that uses the port. Run: ss -ulpn",
+            "The UDP port is bound again",
+        )
 
-    def _look_at_spool(self) -> None:
-        bytes_, most = self._intake.measured.bytes, self._spool.max_bytes
-        if bytes_ > NEARLY_FULL * most:
-            self._health.conditions.set_condition(
-                "spool_size",
-                f"the spool has {bytes_} of its {most} bytes: when it is full, registrations are refused, and lost. See"
-                " why files are not registered: the other conditions, and socs-monitor failed list. To take more in,"
-                " start the agent with a larger --spool-size",
-            )
-        else:
-            self._health.conditions.clear_condition("spool_size", "the spool has room again")
+    def _check_spool(self) -> None:
+        size, max_bytes = self._intake.measured.bytes, self._spool.max_bytes
+        self._health.conditions.evaluate_condition(
+            "spool_size",
+            size > NEARLY_FULL * max_bytes,
+            f"The spool is nearly full: {size} of its {max_bytes} bytes. Once it is full, new registrations are refused"
+            " and lost. Find out why files are not registered, or restart the agent with a larger --spool-size."
+            " Run: socs-monitor failed list",
+            "The spool has room again",
+        )
+        # what a stopped agent left behind is given BACKLOG_S from the start
+        waited = min(self._age(), self._monotonic() - self._started)
+        self._health.conditions.evaluate_condition(
+            "backlog",
+            waited > BACKLOG_S,
+            f"A registration has waited {waited:.0f} s for its row. Nothing is lost, but files are registered too"
+            " slowly or not at all. Check that run is running, and which other conditions hold. Run: socs-monitor"
+            " status",
+            "Registrations get their rows in time again",
+        )
 
-    def _look_at_oldest(self) -> None:
-        # what a stopped agent left behind has a minute from the start
-        waited = min(self._age(), self._monotonic() - self._begin)
-        if waited > OLDEST_S:
-            self._health.conditions.set_condition(
-                "backlog",
-                f"a registration waits for its row for {waited:.0f} s: files are not being registered, or slower than"
-                " they come. Nothing is lost. See that the process run is running, and the other conditions; large"
-                " files on a slow disk take their time",
-            )
-        else:
-            self._health.conditions.clear_condition("backlog", "registrations get their rows in time again")
-
-    def _look_at_dead_letters(self) -> None:
-        """Report dead letters that were discarded for lack of room."""
+    def _report_discarded(self) -> None:
+        """Report dead letters that were discarded because there was no room for them."""
         if discarded := self._spool.crowded_out - self._crowded_out:
             self._crowded_out += discarded
             text = (
-                f"discarded {discarded} dead letters because there is no room for more, refused ones first, then the"
-                " oldest. Look at the others, and discard them: socs-monitor failed list"
+                f"Discarded {plural(discarded, 'dead letter')} because there is no room for more. Refused ones are"
+                " discarded first, then the oldest. Retry or discard the others. Run: socs-monitor failed list"
             )
             self._health.log.log_throttled("warn", "dead_letters", text, discarded=discarded)
 
-    def _look_at_log(self, log: LogPipe) -> None:
-        """Report lines that were dropped, as soon as the log is read again."""
+    def _report_dropped_lines(self, log: LogPipe) -> None:
+        """Report dropped lines of the log, as soon as it is being read again."""
         if (lines := log.dropped - self._lines_dropped) and not log.stuck:
             self._lines_dropped += lines
             text = (
-                f"dropped {lines} lines of this log, {self._lines_dropped} so far: the program that reads the agent's"
-                " standard output had stopped reading. Files were registered meanwhile. Check the log driver, or the"
-                " program behind the pipe"
+                f"Dropped {plural(lines, 'line')} of this log because the program that reads the agent's standard"
+                " output had stopped reading. Files were registered meanwhile. Check the log driver, or the program"
+                " behind the pipe"
             )
             self._health.log.log_throttled("warn", "log_dropped", text, lines=lines)
 
     def _age(self) -> float:
-        """Age of the oldest registration that has no row yet, in seconds."""
+        """Return the age of the oldest registration without a row, in seconds."""
         oldest = self._intake.measured.oldest
         if oldest is None or not self._spool.counts["pending"]:
             return 0.0
         return max(0.0, self._monotonic() - oldest)
 
     def data(self) -> dict[str, Any]:
-        """Build ``session.data``."""
+        """Return the session data."""
         counts = self._spool.counts
         receiver = self.receiver
         lost = {
             "gaps": self._sequences.lost,
             "kernel": receiver.dropped if receiver else 0,
             "reordered": self._sequences.reordered,
-            "senders": [
-                {"sender": loss.sender, "id": loss.id, "script": loss.script, "lost": loss.lost, "last": loss.time}
-                for loss in self._sequences.latest()
-            ],
+            "senders": [loss._asdict() for loss in self._sequences.latest()],
         }
         return {
             **self._health.data(counts),

@@ -1,13 +1,14 @@
-"""The agent's options: one parser for the command line and the site config, and the `Settings` they result in."""
+"""The agent's options: parses the command line and the site config into one validated, frozen `Settings`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import ipaddress
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from ocs import site_config
@@ -64,26 +65,36 @@ class Settings:
         """
         defaults = vars(make_parser().parse_args([]))
         values = {name: getattr(args, name, default) for name, default in defaults.items()}
+        db_path = values["db_path"]
         instance = getattr(args, "instance_id", None) or INSTANCE  # every agent needs a spool of its own
-        spool_path = values["spool_path"] or f"{values['db_path']}.{instance}.spool"
+        spool_path = values["spool_path"] or f"{db_path}.{instance}.spool"
+        unchanged = ("udp_port", "udp_host", "udp_buffer", "create_table", "echo_sql", "test_mode", "spool_size")
         return cls(
-            udp_port=values["udp_port"],
-            udp_host=values["udp_host"],
-            udp_buffer=values["udp_buffer"],
-            allow_sender=tuple(values["allow_sender"]),
-            db_path=values["db_path"],
-            create_table=values["create_table"],
-            echo_sql=values["echo_sql"],
-            test_mode=values["test_mode"],
+            **{name: values[name] for name in unchanged},
+            db_path=db_path,
             spool_path=spool_path,
-            spool_size=values["spool_size"],
+            allow_sender=tuple(values["allow_sender"]),
             policy=Policy(
                 data_roots=tuple(os.path.abspath(root) for root in values["data_root"]),
-                own=(os.path.realpath(values["db_path"]), os.path.realpath(spool_path)),
+                own=(os.path.realpath(db_path), os.path.realpath(spool_path)),
                 hash_workers=values["hash_workers"],
                 give_up_after=values["give_up_after"],
             ),
         )
+
+
+def sender_filter(networks: Sequence[Network]) -> Callable[[str], bool]:
+    """Return a function that tells whether an address is in one of `networks`; without networks, every address is."""
+    if not networks:
+        return lambda _: True
+
+    @functools.lru_cache(maxsize=4096)
+    def is_allowed(host: str) -> bool:
+        address = ipaddress.ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address  # an IPv6 socket shows IPv4 senders like this
+        return any(address in network for network in networks)
+
+    return is_allowed
 
 
 def _boolean(text: str) -> bool:
@@ -94,7 +105,6 @@ def _boolean(text: str) -> bool:
 
 
 def _network(text: str) -> Network:
-    """Parse addresses as ``--allow-sender`` takes them."""
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
@@ -112,130 +122,108 @@ def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argum
     """Add the agent's options to `parser`, or to a new one."""
     if parser is None:
         parser = argparse.ArgumentParser()
-    group = parser.add_argument_group("Agent Options")
-    group.add_argument(
-        "--udp-port",
-        type=int,
-        default=UDP_PORT,
-        help="UDP port on which the pysmurf publishers' messages arrive. Default: %(default)s",
-    )
-    group.add_argument(
+    option = parser.add_argument_group("Agent Options").add_argument
+    option("--udp-port", type=int, default=UDP_PORT, help="UDP port to listen on. Default: %(default)s")
+    option(
         "--create-table",
         type=_boolean,
         default=True,
         metavar="True|False",
-        help="Whether the agent makes the database and its tables where they are missing. With False, and no"
-        " table, files wait in the spool and run says so. Default: %(default)s",
+        help="Whether to create the database and its tables if they are missing. With False and no table, run is"
+        " degraded and files wait in the spool. Default: %(default)s",
     )
-    group.add_argument("--db-path", default=DB_PATH, help="Path to the suprsync SQLite database. Default: %(default)s")
-    group.add_argument("--echo-sql", action="store_true", help="Log every SQL statement. Default: %(default)s")
-    group.add_argument(
+    option("--db-path", default=DB_PATH, help="Path to the suprsync SQLite database. Default: %(default)s")
+    option("--echo-sql", action="store_true", help="Log every SQL statement. Default: %(default)s")
+    option(
         "--test-mode",
         action="store_true",
-        help="Do not start run at start-up; when a client starts it, it handles what has arrived and stops."
+        help="Do not start run at start-up. When a client starts it, it processes what has arrived and stops."
         " Default: %(default)s",
     )
-    group.add_argument(
+    option(
         "--spool-path",
-        help="File in which registrations are kept until their row is safe; on a local disk. Default:"
+        help="File, on a local disk, in which registrations are kept until their row is safe. Default:"
         " <db-path>.<instance-id>.spool",
     )
-    group.add_argument(
+    option(
         "--give-up-after",
         type=_seconds,
         default=Policy.give_up_after,
         metavar="SECONDS",
-        help="How long a missing or unreadable file is looked for before its registration becomes a dead letter."
+        help="How long to retry a missing or unreadable file before its registration becomes a dead letter."
         " Default: %(default)s",
     )
-    group.add_argument(
+    option(
         "--spool-size",
         type=int,
         default=MAX_BYTES,
         metavar="BYTES",
-        help="Size up to which the spool takes registrations. Default: %(default)s",
+        help="Size of the spool up to which registrations are accepted. Default: %(default)s",
     )
-    group.add_argument(
+    option(
         "--hash-workers",
         type=int,
         default=Policy.hash_workers,
         metavar="N",
-        help="Number of large files hashed at a time. Default: %(default)s",
+        help="Number of large files hashed at the same time. Default: %(default)s",
     )
-    group.add_argument(
+    option(
         "--data-root",
         nargs="+",
         action="extend",
         default=[],
         metavar="DIR",
-        help="Folder in which files may lie, spelled as the senders spell their paths; a path that is outside, or"
-        " resolves to a place outside, is refused. May be repeated. Without it any file that a sender names is"
-        " registered, and SupRsync may delete it.",
+        help="Folder that may contain files, spelled as in the senders' paths. A path outside, or one that resolves to"
+        " a place outside, is refused. May be repeated. Without it, any file that a sender names is registered, and"
+        " SupRsync may delete it.",
     )
-    group.add_argument(
+    option(
         "--udp-host",
         default="",
         metavar="ADDRESS",
-        help="Address of the interface to listen on, IPv4 or IPv6 (:: for all of both). Default: all of IPv4",
+        help="Address of the interface to listen on, IPv4 or IPv6 (:: for all). Default: all IPv4 interfaces",
     )
-    group.add_argument(
+    option(
         "--allow-sender",
         nargs="+",
         action="extend",
         type=_network,
         default=[],
         metavar="CIDR",
-        help="Addresses from which datagrams are taken, e.g. 10.0.0.0/24; others are dropped and counted. May be"
+        help="Addresses from which datagrams are accepted, e.g. 10.0.0.0/24. Others are dropped and counted. May be"
         " repeated. Default: all",
     )
-    group.add_argument(
+    option(
         "--udp-buffer",
         type=int,
         default=BUFFER,
         metavar="BYTES",
-        help="Receive buffer to ask the kernel for. Default: %(default)s",
+        help="Receive buffer to request from the kernel. Default: %(default)s",
     )
     return parser
 
 
 def parse_args(args: list[str] | None) -> argparse.Namespace:
-    """Parse the command line together with the site config, as OCS does, but with this agent's defaults.
+    """Parse the command line and the site config as OCS does, but with this agent's defaults.
 
     Returns:
-        What OCS needs to start an agent; `Settings.from_args` takes this agent's own options from it.
+        The arguments with which OCS starts an agent. `Settings.from_args` reads this agent's own options from them.
     """
     parser = make_parser()
     parser.set_defaults(crossbar_timeout=_NOT_GIVEN)
     parsed: argparse.Namespace = site_config.parse_args(agent_class=AGENT_CLASS, parser=parser, args=args)
     _, host, instance = site_config.get_config(parsed, AGENT_CLASS)
-    given = sys.argv[1:] if args is None else args
-    in_site_config = [str(word) for word in _words(instance.arguments)]
-
-    def repeated(option: str) -> list[str]:
-        return _values_of(given, option) or _values_of(in_site_config, option)
-
-    parsed.data_root = repeated("--data-root")
-    parsed.allow_sender = [_network(value) for value in repeated("--allow-sender")]
+    # OCS keeps only the last --data-root and --allow-sender, so the agent's own parser reads both sources again
+    by_command, _ = make_parser().parse_known_args(sys.argv[1:] if args is None else args)
+    by_site, _ = make_parser().parse_known_args([str(word) for word in _words(instance.arguments)])
+    parsed.data_root = by_command.data_root or by_site.data_root
+    parsed.allow_sender = by_command.allow_sender or by_site.allow_sender
     if parsed.crossbar_timeout == _NOT_GIVEN:
-        # With OCS's default the agent would exit 10 s after losing the router, but registration does not need one.
+        # with OCS's default the agent would exit 10 s after losing the router, but registration does not need one
         parsed.crossbar_timeout = host.data.get("crossbar_timeout", _WAIT_FOREVER)
     return parsed
 
 
 def _words(argument: object) -> list[object]:
+    """Flatten a site config's arguments, which may be nested lists."""
     return [word for part in argument for word in _words(part)] if isinstance(argument, list) else [argument]
-
-
-def _values_of(words: Sequence[str], option: str) -> list[str]:
-    """Return the values of every `option` in a command line, because OCS keeps only those of the last one."""
-    values: list[str] = []
-    is_open = False
-    for word in words:
-        if word.startswith("--"):
-            name, given, value = word.partition("=")
-            is_open = len(name) > 2 and option.startswith(name)  # argparse accepts abbreviations
-            if is_open and given:
-                values.append(value)
-        elif is_open:
-            values.append(word)
-    return values

@@ -1,6 +1,6 @@
-"""The way of a file without OCS: intake, spool, registrar and database, all real, over one folder.
+"""Intake, spool, registrar and database without OCS, all real, over one folder.
 
-The unit tests drive it step by step with a clock of their own; the worker of the crash tests lets it run.
+Unit tests run it step by step with an injected clock. The worker of the crash tests runs it in threads.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 from socs_monitor.health.health import Health
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.registration.registrar import Registrar, StoppedError
+from socs_monitor.registration.registrar import Registrar
+from socs_monitor.registration.retry import StoppedError
 from socs_monitor.registration.workers import SMALL
 from socs_monitor.spool.intake import BATCH, QUEUE_MAX, FileQueue, Intake
+from socs_monitor.spool.records import Incoming
 from socs_monitor.spool.states import STORED
-from socs_monitor.spool.store import RECEIVED, Incoming, Spool
+from socs_monitor.spool.store import RECEIVED, Spool
 from socs_monitor.suprsync.database import Database
 from socs_monitor.wire import messages
 from socs_monitor.wire.publisher import data_file
@@ -39,10 +41,10 @@ _mtime_ns = 1_700_000_000 * 10**9
 
 
 class Clock:
-    """Unix time and, as its method `monotonic`, CLOCK_MONOTONIC; they pass only when told to.
+    """A clock for unix time and, by its method `monotonic`, CLOCK_MONOTONIC. It stands still until it is advanced.
 
     Attributes:
-        now: Unix time. Setting it steps the wall clock alone.
+        now: Unix time. Setting it steps only the wall clock.
     """
 
     def __init__(self) -> None:
@@ -56,16 +58,16 @@ class Clock:
         return self._monotonic
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance both clocks."""
         self.now += seconds
         self._monotonic += seconds
 
     def advance_to(self, moment: float) -> None:
-        """Let time pass until a moment of CLOCK_MONOTONIC."""
+        """Advance both clocks to a time of CLOCK_MONOTONIC."""
         self.advance(moment - self._monotonic)
 
     def step(self, seconds: float) -> None:
-        """Step the wall clock, as an NTP daemon or a person may."""
+        """Step only the wall clock, as an NTP daemon or a person does."""
         self.now += seconds
 
 
@@ -74,49 +76,49 @@ def md5(content: bytes) -> str:
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Write a file, with a time of change that no other writing had, and return the MD5 sum of its content."""
+    """Write a file with an mtime that no other call uses, and return the MD5 sum of its content."""
     global _mtime_ns
     _mtime_ns += 10**9
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    os.utime(path, ns=(_mtime_ns, _mtime_ns))  # a file system's own times may be too coarse to tell two writings
+    os.utime(path, ns=(_mtime_ns, _mtime_ns))  # the file system's own timestamps may be too coarse
     return md5(content)
 
 
 @contextlib.contextmanager
 def write_lock(db_path: str | Path) -> Iterator[sqlite3.Connection]:
-    """Hold a SQLite file's write lock; the connection that holds it may be used, what it writes is rolled back."""
+    """Hold the write lock of a SQLite file. What is written through the connection is rolled back."""
     with contextlib.closing(sqlite3.connect(db_path, isolation_level=None, timeout=10)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
 
 
 def execute(db_path: str | Path, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
-    """Do one statement on a SQLite file, committed, as another program would."""
+    """Execute and commit one statement on a SQLite file, as another program would."""
     with contextlib.closing(sqlite3.connect(db_path, isolation_level=None, timeout=10)) as connection:
         return connection.execute(statement, parameters).fetchall()
 
 
 class Chain:
-    """The chain; `crash` and `open` end it and begin it anew on the same files.
+    """The whole path of a registration. `crash` ends it; `open` starts it again on the same files.
 
     Args:
-        folder: Folder of the database, its spool, and the folder ``files``.
-        clock: Gives unix time.
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
-        policy: How files are treated.
-        threads: Whether files are read by the real threads, and not in each step.
-        small: Size (bytes) up to which a file is hashed in a step.
-        queue_max: Bytes that registrations on the queue take at most.
-        batch: Number of registrations taken at a time.
-        busy_timeout: Seconds for which a lock is waited for; None for those of the agent.
-        limits: Others of the spool.
+        folder: Folder of the database, the spool and the folder ``files``.
+        clock: Returns unix time.
+        monotonic: Returns CLOCK_MONOTONIC, seconds.
+        policy: Policy of the registrar.
+        threads: Whether real threads read the files; otherwise each step does.
+        small: Size up to which a step hashes a file, bytes.
+        queue_max: Largest size of the registrations on the queue, bytes.
+        batch: Registrations in a batch.
+        busy_timeout: Timeout for a lock, seconds; None: as in the agent.
+        limits: Further limits of the spool.
 
     Attributes:
-        locked: Called while the registrar waits for the database or the spool in a step. If it returns False, `step`
-            raises `StoppedError`, as if the registrar had been stopped.
-        waits: Seconds of each such wait.
-        said: All lines that belong in the log: level and text.
+        locked: Called when a step waits for the database or the spool. If it returns False, `step` raises
+            `StoppedError`, as if the registrar had been stopped.
+        waits: Duration of each of these waits, seconds.
+        said: All log lines: level and text.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Chain:
         self.open()
 
     def open(self) -> None:
-        """Begin, as the agent does when it starts."""
+        """Start, as the agent does."""
         self.health = Health(lambda level, text: self.said.append((level, text)), self.clock, self.monotonic)
         limits = {**self.limits, **self._timeout}
         self.spool = Spool(str(self.spool_path), self.health.log.reporter("warn", "spool"), **limits)
@@ -189,7 +191,7 @@ class Chain:
 
     @contextlib.contextmanager
     def lock_for(self, waits: int, path: Path, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Hold a file's write lock until a step has waited so many times; `meanwhile` is called each time."""
+        """Hold a SQLite file's write lock until a step has waited `waits` times, and call `meanwhile` each time."""
         with contextlib.ExitStack() as lock:
             lock.enter_context(write_lock(path))
             left = waits
@@ -204,22 +206,22 @@ class Chain:
 
             self.locked = locked
             yield
-        assert left == 0, f"it has waited {waits - left} times"
+        assert left == 0, f"it waited {waits - left} times"
 
     def hash_large(self) -> None:
-        """Let the large files be hashed that were found."""
+        """Hash the large files that were found."""
         workers = self.registrar.workers
         assert isinstance(workers, InlineWorkers)
         workers.hash_large()
 
     def crash(self) -> None:
-        """End as a killed process does: what is in memory is gone, locks are free, nothing is written any more."""
+        """End as a killed process does: memory is lost, locks are released, nothing more is written."""
         self.database.close()
         self.spool.close()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The registrar runs in a thread; at the end it is stopped, which takes moments."""
+        """Run the registrar in a thread. It is stopped at the end, which must take at most 2 s."""
         thread = threading.Thread(target=self.registrar.run, daemon=True)
         thread.start()
         try:
@@ -230,7 +232,7 @@ class Chain:
         assert not thread.is_alive()
 
     def reopen(self) -> None:
-        """Crash and start."""
+        """Crash, and start again."""
         self.crash()
         self.open()
         self.registrar.begin()
@@ -239,21 +241,21 @@ class Chain:
         return self.files / name
 
     def write(self, name: str, content: bytes) -> str:
-        """As `write_file`, below the folder of files."""
+        """Write a file in the folder of files, as `write_file` does."""
         return write_file(self.path(name), content)
 
     def accept(self, name: str, action: str = "act", **fields: Any) -> None:
-        """Have a registration arrive, of a file below the folder of files."""
+        """Accept a registration of a file in the folder of files."""
         payload = data_file(str(self.path(name)), timestamp=1_700_000_000, action=action, action_ts="1700000000")
         self.accept_datagram({"id": "crate1slot2", "type": "data_file", "payload": {**payload, **fields}})
 
     def accept_datagram(self, envelope: dict[str, Any]) -> None:
-        """Have any registration arrive."""
+        """Accept any registration."""
         text = json.dumps(envelope)
         self.intake.put(messages.parse_file(text).meta, Incoming(self.clock(), SENDER, text))
 
     def step(self) -> bool:
-        """Do all that can be done now. What the spool says of itself is true before and after."""
+        """Do everything that is due now, and return whether there was anything. Counts are checked before and after."""
         self.check()
         worked = False
         while self.registrar.step(0.0):
@@ -262,7 +264,7 @@ class Chain:
         return worked
 
     def check(self) -> None:
-        """The counts add up, and are what is in the spool's file."""
+        """Check that the counts add up, and agree with the spool's file."""
         counts = self.spool.counts
         assert counts[RECEIVED] == sum(counts[state] for state in counts if state != RECEIVED), counts
         stored = dict(execute(self.spool_path, "SELECT state, count(*) FROM registrations GROUP BY state"))
@@ -271,31 +273,31 @@ class Chain:
         assert files["received"] == sum(files[key] for key in ("registered", "pending", "waiting", "dead", "discarded"))
 
     def counts(self) -> dict[str, int]:
-        """How many registrations are where, without the zeros."""
+        """Return the number of registrations in each state, without zeros."""
         return {state: count for state, count in self.spool.counts.items() if count}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the database, in order."""
+        """Return the rows of the database, in order."""
         return rows(self.db_path)
 
     def sums(self) -> dict[str, str]:
-        """File name to MD5 sum, of the rows; a file with two rows is an error."""
+        """Return the MD5 sums of the rows, by file name. A file with two rows is an error."""
         rows = self.rows()
         sums = {os.path.basename(row["local_path"]): row["local_md5sum"] for row in rows}
         assert len(sums) == len(rows), rows
         return sums
 
     def dead_letters(self) -> list[tuple[str, str, bool]]:
-        """File name, reason and whether it was refused, of each."""
+        """Return file name, reason and `refused` of each dead letter."""
         letters = [letter.summary() for letter in self.spool.dead()]
         return [(os.path.basename(letter["path"]), letter["reason"], letter["refused"]) for letter in letters]
 
     def next_due(self) -> float:
-        """Return when the next registration is due, seconds of CLOCK_MONOTONIC."""
+        """Return when the next registration is due, CLOCK_MONOTONIC seconds."""
         return self.spool.next_due
 
     def archive(self, name: str, *, remove: bool) -> None:
-        """Do what SupRsync does: copy and verify a file, and remove it where told to."""
+        """Do as SupRsync does: mark a file as copied and verified, and with `remove` delete it."""
         path = self.path(name)
         execute(
             self.db_path,

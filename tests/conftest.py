@@ -1,8 +1,10 @@
-"""Fixtures with real processes; what they are, says the harness."""
+"""Fixtures that start real processes, and a process state that does not depend on who started the tests."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,29 @@ import pytest
 from tests.testbed.processes import Agent, Router
 
 
+def pytest_configure() -> None:
+    """Undo what a parent may have set: its umask, and SIGINT ignored by `nohup` or a shell's background job."""
+    os.umask(0o022)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
-    """The router that all tests share; a test that stops a router starts one of its own."""
+    """One router for all tests. A test that stops a router starts its own."""
     with Router(tmp_path_factory.mktemp("router")) as router:
         yield router
 
 
 @pytest.fixture
+def no_router(tmp_path: Path) -> Router:
+    """A router that is never started: registering files needs none."""
+    return Router(tmp_path / "no-router")
+
+
+@pytest.fixture
 def agent(router: Router, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
-    """Starts agents: `agent(**arguments of Agent)`, returned when their UDP port is open. Each has its own folder."""
+    """Start agents: `agent(**arguments of Agent)` returns one that listens. Each has its own folder."""
     started: list[Agent] = []
 
     def start(**arguments: Any) -> Agent:

@@ -1,4 +1,4 @@
-"""The readers of the recorded feeds: OCS's aggregator, OCS's InfluxDB publisher, and a real InfluxDB behind it."""
+"""The real readers of recorded feeds: OCS's aggregator, and OCS's InfluxDB publisher with an InfluxDB."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 from ocs.ocs_client import OCSClient
 
-from tests.testbed.processes import ENVS, OWN_BIN, Agent, Process, free_tcp_port, require
+from tests.testbed.ports import free_tcp_port
+from tests.testbed.processes import ENVS, OWN_BIN, Agent, Process, require
 
 AGGREGATOR_BIN = ENVS / "aggregator" / "bin"
 
-# Prints what is in G3 files: for each sample its feed's address, block, field, time (unix seconds) and value.
+# Prints every sample in G3 files: address of the feed, block, field, time (unix seconds), value.
 _READ_G3 = """
 import json, sys
 import so3g
@@ -34,14 +35,14 @@ for path in sys.argv[1:]:
 
 
 class Reader(Process):
-    """An OCS agent that reads feeds, as a site starts it.
+    """An OCS agent that reads feeds, started as a site does.
 
     Args:
         folder: Scratch folder.
-        monitor: The agent whose router it joins.
-        agent_class: Its class.
-        arguments: Its options, as a site config has them.
-        bin_dir: Programs of the environment to take `ocs-agent-cli` from.
+        monitor: Agent whose router it connects to.
+        agent_class: Its agent class.
+        arguments: Its options, as in a site config.
+        bin_dir: Programs of the environment whose `ocs-agent-cli` is used.
     """
 
     def __init__(
@@ -57,20 +58,20 @@ class Reader(Process):
         super().__init__(command, folder / f"{self.instance}.log", cwd=folder)
 
     def start(self) -> None:
-        """Start it and wait until it records."""
+        """Start it, and wait until it records."""
         super().start()
         self.client = self.wait_for(self._connected, 30, "answered a client")
-        self.wait_for(lambda: self.client.record.status().session.get("status") == "running", 10, "records")
+        self.wait_for(lambda: self.client.record.status().session.get("status") == "running", 10, "recorded")
 
     def stop(self, deadline_s: float = 15) -> int | None:
-        """End it at once: it is not what is tested, and one that is degraded does not stop when it is asked to."""
+        """Kill it: it is not under test, and does not stop on request while it is degraded."""
         self.kill()
         return None
 
     def _connected(self) -> OCSClient | None:
         try:
             return OCSClient(self.instance, args=["--site-file", str(self.site_config)])
-        except RuntimeError:  # what OCS raises while the agent has not registered yet
+        except RuntimeError:  # OCS raises this while the agent is not connected
             return None
 
     def __str__(self) -> str:
@@ -78,13 +79,13 @@ class Reader(Process):
 
 
 def aggregator(folder: Path, monitor: Agent) -> Reader:
-    """The aggregator; it writes below `folder`/hk."""
+    """Return the aggregator. It writes below `folder`/hk."""
     arguments = [["--initial-state", "record"], ["--data-dir", str(folder / "hk")]]
     return Reader(folder, monitor, "AggregatorAgent", arguments, AGGREGATOR_BIN)
 
 
 def read_g3(folder: Path) -> list[tuple[str, str, str, float, Any]]:
-    """All samples of the G3 files that the aggregator of `folder` wrote: address, block, field, time, value."""
+    """Return all samples that the aggregator of `folder` wrote: address, block, field, time, value."""
     paths = sorted((folder / "hk").glob("*/*.g3"))
     assert paths, "the aggregator wrote no file"
     done = subprocess.run(
@@ -95,7 +96,7 @@ def read_g3(folder: Path) -> list[tuple[str, str, str, float, Any]]:
 
 
 class InfluxDB(Process):
-    """A real InfluxDB on the loopback, empty, with its files in a scratch folder."""
+    """A real, empty InfluxDB on the loopback interface, with its files in a scratch folder."""
 
     DATABASE = "ocs_feeds"
 
@@ -118,7 +119,7 @@ class InfluxDB(Process):
         super().__init__([require("influxd"), "-config", config], folder / "influxdb.log", cwd=folder)
 
     def start(self) -> None:
-        """Start it, wait until it answers, and make the database: the publisher would, but after it says it records."""
+        """Start it, wait until it answers, and create the database. The publisher would do so only after it records."""
         super().start()
         self.wait_for(self._answers, 30, "answered")
         statement = urllib.parse.urlencode({"q": f"CREATE DATABASE {self.DATABASE}"}).encode()
@@ -132,12 +133,12 @@ class InfluxDB(Process):
             return False
 
     def publisher(self, folder: Path, monitor: Agent) -> Reader:
-        """OCS's publisher to it."""
+        """Return OCS's publisher, configured for this database."""
         arguments = [["--host", "127.0.0.1"], ["--port", self.port], ["--database", self.DATABASE]]
         return Reader(folder, monitor, "InfluxDBAgent", arguments, OWN_BIN)
 
     def query(self, statement: str) -> list[dict[str, Any]]:
-        """The series of a query's answer."""
+        """Return the series that answer a query."""
         words = urllib.parse.urlencode({"db": self.DATABASE, "q": statement, "epoch": "ns"})
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/query?{words}", timeout=30) as reply:
             (result,) = json.load(reply)["results"]
@@ -146,7 +147,7 @@ class InfluxDB(Process):
         return series
 
     def samples(self, monitor: Agent) -> list[tuple[str, str, int, Any]]:
-        """All samples of an agent: feed, field, time (unix nanoseconds), value."""
+        """Return all samples of an agent: feed, field, time (unix nanoseconds), value."""
         return [
             (series["tags"]["feed"], field, row[0], value)
             for series in self.query(f'SELECT * FROM "observatory.{monitor.INSTANCE}" GROUP BY feed')
@@ -156,6 +157,6 @@ class InfluxDB(Process):
         ]
 
     def types(self, monitor: Agent) -> dict[str, str]:
-        """Type of each field of an agent."""
+        """Return the type of each field of an agent."""
         shown = self.query(f'SHOW FIELD KEYS FROM "observatory.{monitor.INSTANCE}"')
         return {field: kind for series in shown for field, kind in series["values"]}

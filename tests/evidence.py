@@ -1,4 +1,4 @@
-"""Files that are sent, and what is left of them on the disk, whatever the process that had them came to."""
+"""Send files, and read from the disk what became of their registrations, whether or not the agent still runs."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from typing import Any
 from tests.testbed.processes import Agent, rows
 from tests.testbed.smurf_server import SmurfServer
 
-MIX = ("png", "txt", "g3")  # kinds of files whose path is sent as the row is to have it
+MIX = ("png", "txt", "g3")  # kinds of files that are announced by the path of their row
 
 
 def send_files(server: SmurfServer, count: int, rate: float | None = None) -> list[str]:
-    """Write files, send their registrations, `rate` of them a second or all at once, and return their paths."""
+    """Write and announce files, `rate` a second or all at once, and return their paths."""
     return [message.file for message in server.send(server.messages(count, MIX), rate) if message.file]
 
 
 def spool_of(agent: Agent) -> Path:
-    """The spool's file, where the agent puts it by default."""
+    """Return the default path of the agent's spool."""
     return Path(f"{agent.db_path}.{agent.INSTANCE}.spool")
 
 
 def spooled(spool_path: Path) -> dict[str, str]:
-    """Path and state of the registrations in a spool, in order; of one that is there twice, the latest state."""
+    """Return path and state of the registrations in a spool, in order; for a repeated path, its latest state."""
     with contextlib.closing(sqlite3.connect(f"file:{spool_path}?mode=ro", uri=True, timeout=10)) as connection:
         found = connection.execute("SELECT message, state FROM registrations ORDER BY id").fetchall()
     return {path_of(message): state for message, state in found}
 
 
 def path_of(message: str) -> str:
-    """The path that a registration in the spool names: it is kept as its datagram, or as its payload alone."""
+    """Return the path of a registration in the spool, which stores its datagram or only the payload."""
     kept = json.loads(message)
     path: str = kept.get("payload", kept)["path"]
     return path
 
 
 def entries(agent: Agent) -> list[dict[str, Any]]:
-    """All that the spool's file holds of each registration, in order; none if there is no file yet."""
+    """Return all columns of each registration in the spool, in order; none if the spool does not exist yet."""
     spool = spool_of(agent)
     if not spool.exists():
         return []
@@ -54,7 +54,7 @@ def entries(agent: Agent) -> list[dict[str, Any]]:
 
 
 def acknowledged(agent: Agent) -> set[str]:
-    """Paths of all files that the agent has taken on: their registration is in the spool, or their row is there."""
+    """Return the paths of all files that the agent has accepted: they are in the spool, or have a row."""
     return {*spooled(spool_of(agent)), *(row["local_path"] for row in rows(agent.db_path))}
 
 
@@ -64,12 +64,12 @@ def md5_of(path: str | Path) -> str:
 
 
 def check_rows(found: Sequence[Mapping[str, Any]], sums: Mapping[str, str], among: Iterable[str] = ()) -> None:
-    """Each file has exactly one row, and this has its sum.
+    """Check that each file has exactly one row, with its MD5 sum.
 
     Args:
         found: All rows.
-        sums: Path and sum of the files that must be registered.
-        among: Other files that may be; their sum is that of their content.
+        sums: MD5 sums of the files that must have a row, by path.
+        among: Further files that may have a row, with the sum of their present content.
     """
     times = Counter(row["local_path"] for row in found)
     lost = set(sums) - set(times)
@@ -81,17 +81,17 @@ def check_rows(found: Sequence[Mapping[str, Any]], sums: Mapping[str, str], amon
 
 
 def check_registered(db_path: Path, paths: Collection[str], among: Iterable[str] = ()) -> None:
-    """As `check_rows`, for files that are still there."""
+    """Check as `check_rows` does, against the present content of the files."""
     check_rows(rows(db_path), {path: md5_of(path) for path in paths}, among)
 
 
 def wait_acknowledged(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
-    """Wait until the agent has taken on all of the files."""
-    agent.wait_for(lambda: acknowledged(agent) >= set(paths), deadline_s, f"has {len(paths)} files in its spool")
+    """Wait until the agent has accepted all files."""
+    agent.wait_for(lambda: acknowledged(agent) >= set(paths), deadline_s, f"accepted {len(paths)} files")
 
 
 def wait_registered(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
-    """Wait until all of the files have a row, and `check_registered`: these have, and no others."""
+    """Wait until all files have a row, and check that no other file has one."""
 
     def registered() -> bool:
         return {row["local_path"] for row in agent.rows()} >= set(paths)
@@ -101,7 +101,7 @@ def wait_registered(agent: Agent, paths: Collection[str], deadline_s: float = 20
 
 
 def wait_rows(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> None:
-    """Wait until each of the files has exactly one row, with the sum of its content; there may be other rows."""
+    """Wait until each file has exactly one row, with the sum of its content. Other rows are ignored."""
 
     def registered() -> bool:
         return {row["local_path"] for row in agent.rows()} >= set(paths)
@@ -112,7 +112,7 @@ def wait_rows(agent: Agent, paths: Collection[str], deadline_s: float = 20) -> N
 
 
 def latencies(agent: Agent, server: SmurfServer, count: int, deadline_s: float = 20) -> list[float]:
-    """Register small files, one after the other, and return the seconds that each took from sending to its row."""
+    """Register small files one after the other, and return the seconds from sending to the row of each."""
     taken = []
     for _ in range(count):
         begin = time.monotonic()

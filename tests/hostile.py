@@ -1,6 +1,6 @@
-"""What somebody sends who means harm, or whose sender is broken: damaged datagrams, hostile registrations, floods.
+"""What hostile or broken senders send: damaged datagrams, hostile registrations, floods.
 
-`python -m tests.hostile PORT SECONDS` is the flood: empty, tiny and broken datagrams as fast as they go.
+`python -m tests.hostile PORT SECONDS` floods a port with empty, tiny and broken datagrams, as fast as it can.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from tests.testbed.smurf_server import REGISTERS
 
 EMPTY, NOT_JSON, WRONG = "empty", "not JSON", "wrong or missing field"
 
-# Values of which each is of the wrong type for nearly every field.
+# Values that are wrong for nearly every field.
 ODD_VALUES: Sequence[Any] = (
     *(None, True, 0, -1, 2**63, 2**64, -(10**4000), 1.5, 1e308, float("nan"), float("inf"), float("-inf"), ""),
     *("\0", "a\0b", "a\nb", 'a"b', "\\", "..", "../../x", "/abs", "~", "é\u2028", "x" * 300, [], [[]], {}, {"a": None}),
 )
 
-# A flood's datagrams: nothing in them, next to nothing, and nothing of use.
+# Datagrams of a flood: empty, tiny or useless.
 USELESS = (b"", b"{", b"\0", b"[" * 200, b'{"id": "a"}', b"\xff" * 20)
 
-# What the kernel charges a socket's buffer for a datagram beyond its bytes, at the most; and how much an agent's buffer
-# holds at the least, since it asks for more than anybody gets.
+# Bytes that the kernel charges a socket's buffer for a datagram beyond its size, at most; and the smallest buffer of an
+# agent, which always asks for more than the kernel's limit.
 _CHARGED = 2048
 _PORTION = int(Path("/proc/sys/net/core/rmem_max").read_text()) // 2
 
 
 def envelopes(path: str = "/data/smurf_data/20240101/crate1slot2/1700000000_x.txt") -> list[dict[str, Any]]:
-    """One real message of every type, as the emulator makes them; `path` is what a data_file registers."""
+    """Return one real message of every type. `path` is what a data_file registers."""
     publisher = Publisher("crate1slot2:s1")
     payloads: list[tuple[Any, str]] = [
         (data_file(path, file_format="npy", action="take_iv", action_ts="1700000000"), "data_file"),
@@ -58,7 +58,7 @@ def envelopes(path: str = "/data/smurf_data/20240101/crate1slot2/1700000000_x.tx
 
 
 def damaged() -> list[tuple[bytes, str]]:
-    """Datagrams that are no message, each with the reason that counts it."""
+    """Return datagrams that are not messages, each with the reason under which it is counted."""
     file, _, g3, session, _, register, *_ = envelopes()
     cut = json.dumps(file).encode()
     return [
@@ -81,7 +81,7 @@ def damaged() -> list[tuple[bytes, str]]:
 
 
 def odd_values(path: str = "/data/none.txt") -> list[bytes]:
-    """Real messages with each field in turn replaced by each odd value, or left out: some are messages, some not."""
+    """Return real messages with each field replaced by each odd value, or removed. Some are valid, some are not."""
     made: list[dict[str, Any]] = []
     for envelope in envelopes(path):
         for key in envelope:
@@ -96,7 +96,7 @@ def odd_values(path: str = "/data/none.txt") -> list[bytes]:
 
 
 def mutated(seed: int) -> Iterator[bytes]:
-    """Real messages with bytes changed, cut out and put in, without end."""
+    """Yield real messages with bytes changed, removed and inserted, without end."""
     rng = random.Random(seed)
     real = [encode(envelope) for envelope in envelopes()]
     while True:
@@ -116,7 +116,7 @@ def mutated(seed: int) -> Iterator[bytes]:
 
 
 def traversals(path: str) -> list[bytes]:
-    """Registrations of a file that is there, each of which gives it no place in the archive, or one out of it."""
+    """Return registrations of an existing file that would have no remote path, or one outside the archive."""
     file = {**envelopes()[0], "payload": data_file(path, action="a", action_ts="1700000000")}
     g3 = {**envelopes()[2], "payload": g3_file(path)}
     parents = "../" * 12
@@ -142,14 +142,14 @@ def encode(envelope: dict[str, Any]) -> bytes:
 
 
 class Queue(NamedTuple):
-    """What the kernel says of a UDP port: bytes that wait in its buffer, and datagrams that found no room there."""
+    """State of a UDP socket's receive buffer: bytes that wait in it, and datagrams that were dropped."""
 
     bytes: int
     drops: int
 
 
 def queue_of(port: int) -> Queue:
-    """Ask the kernel for the one socket that is bound to `port`."""
+    """Return the state of the only socket that is bound to `port`."""
     for table in ("/proc/net/udp", "/proc/net/udp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             fields = line.split()
@@ -159,12 +159,12 @@ def queue_of(port: int) -> Queue:
 
 
 def wait_read(port: int) -> None:
-    """Wait until nothing that was sent waits in the kernel any more."""
-    wait_until(lambda: queue_of(port).bytes == 0, 30, "the agent has read what was sent")
+    """Wait until the agent has read every datagram from the kernel."""
+    wait_until(lambda: queue_of(port).bytes == 0, 30, "the agent has read all datagrams")
 
 
 def send(port: int, datagrams: Iterable[bytes], host: str = "127.0.0.1") -> int:
-    """Send to an agent of this host, no more at a time than its buffer holds, and return how many that were."""
+    """Send datagrams to an agent on this host, no faster than it reads them, and return their number."""
     count = 0
     waiting = 0
     drops = queue_of(port).drops
@@ -178,24 +178,24 @@ def send(port: int, datagrams: Iterable[bytes], host: str = "127.0.0.1") -> int:
             sender.sendto(datagram, (host, port))
             count += 1
     wait_read(port)
-    assert queue_of(port).drops == drops, "the kernel dropped some: send less at a time"
+    assert queue_of(port).drops == drops, "the kernel dropped some: reduce _PORTION"
     return count
 
 
 class Flood(Process):
-    """A process that sends `USELESS` datagrams as fast as they go, for some seconds."""
+    """A process that sends `USELESS` datagrams as fast as it can, for some seconds."""
 
     def __init__(self, folder: Path, port: int, seconds: float) -> None:
         super().__init__([OWN_BIN / "python", "-m", "tests.hostile", str(port), str(seconds)], folder / "flood.log")
 
     @property
     def sent(self) -> int:
-        """How many it sent; known once it has ended."""
+        """Number of datagrams that it sent, once it has ended."""
         return int(self.log)
 
 
 def main(port: str, seconds: str) -> None:
-    """Flood a port of this host, and print how many datagrams that were."""
+    """Flood a port of this host, and print the number of datagrams."""
     end = time.monotonic() + float(seconds)
     count = 0
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:

@@ -1,7 +1,7 @@
-"""A file system that hangs: every access to it blocks, until it recovers or is gone.
+"""A file system that hangs: every access blocks until it recovers, fails or is unmounted.
 
-It is FUSE without a program behind it: requests are left unread on ``/dev/fuse``, so whoever made one waits, as on a
-hard-mounted NFS server that went away. As there, SIGKILL ends the waiting process, and nothing else does.
+It is FUSE without a server. Requests stay unread on ``/dev/fuse``, so the caller blocks as on a hard-mounted NFS whose
+server is gone. As there, only SIGKILL ends a blocked process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tests.testbed.processes import unavailable
 _DEVICE = "/dev/fuse"
 _MNT_DETACH = 2
 _ROOT = 1  # node id of the root
-_VALID_S = 1  # for this long (seconds) the kernel may remember a name or an attribute
+_VALID_S = 1  # seconds for which the kernel may cache a name or an attribute
 
 
 class _Operation(enum.IntEnum):
-    """Requests, as ``linux/fuse.h`` numbers them."""
+    """Numbers of the requests, from ``linux/fuse.h``."""
 
     LOOKUP = 1
     FORGET = 2
@@ -48,7 +48,7 @@ _UNANSWERED = {_Operation.FORGET, _Operation.INTERRUPT, _Operation.BATCH_FORGET}
 _HEADER = struct.Struct("=IIQQIIIHH")
 _REPLY = struct.Struct("=IiQ")
 _MAX_WRITE = 1 << 17
-# without these lookups in a folder wait for each other, and a close waits for an answer: not even SIGKILL ends that
+# Without these flags, lookups in a folder wait for each other and a close waits for an answer, even after SIGKILL.
 _FOPEN_NOFLUSH = 1 << 5
 _PARALLEL_DIROPS = 1 << 18
 _INIT_REPLY = struct.pack("=IIIIHHIIHHI28x", 7, 31, _MAX_WRITE, _PARALLEL_DIROPS, 16, 12, _MAX_WRITE, 1, 32, 0, 0)
@@ -63,10 +63,10 @@ def _call(name: str, *arguments: object) -> None:
 
 
 class HungFolder:
-    """A mounted file system, made by `hung_folder`. At first every access to it blocks.
+    """A mounted file system, created by `hung_folder`. At first every access blocks.
 
     Attributes:
-        path: Where it is mounted.
+        path: Mount point.
     """
 
     def __init__(self, path: Path, device: int) -> None:
@@ -79,14 +79,14 @@ class HungFolder:
         self._hang_at: float = float("inf")
         self._read_to = 0
         self._nodes = {_ROOT: ""}  # node id to path below the root
-        self._answer(os.read(device, _MAX_WRITE + 4096))  # INIT: the kernel holds all others back until then
+        self._answer(os.read(device, _MAX_WRITE + 4096))  # INIT: the kernel sends nothing else before its answer
 
     def recover(self, contents: Mapping[str, bytes], hang_at: float = float("inf")) -> None:
-        """Answer from now on, also what is blocked.
+        """Answer all requests from now on, including the blocked ones.
 
         Args:
-            contents: Files that are there now: path below the mount to content.
-            hang_at: Hang again when a file has been read up to this offset, bytes.
+            contents: Contents of the files that exist now, by path below the mount point.
+            hang_at: Hang again once a file has been read up to this offset, bytes.
         """
         if self._answering is not None:
             self._answering.join()
@@ -94,13 +94,13 @@ class HungFolder:
         self._start()
 
     def wait_hung(self) -> None:
-        """Wait until `hang_at` has been reached."""
+        """Wait until a reader has reached `hang_at`."""
         assert self._answering is not None
         self._answering.join(20)
         assert not self._answering.is_alive()
 
     def fail(self, number: int) -> None:
-        """Answer from now on, also what is blocked: every access fails with this errno."""
+        """Let every access fail with this errno from now on, including the blocked ones."""
         self._error = number
         self._start()
 
@@ -109,7 +109,7 @@ class HungFolder:
         self._answering.start()
 
     def close(self) -> None:
-        """Unmount; whoever is blocked gets an error (ENOTCONN)."""
+        """Unmount. Blocked callers get ENOTCONN."""
         with contextlib.suppress(OSError):
             _call("umount2", os.fsencode(self.path), _MNT_DETACH)
         os.close(self._end)
@@ -123,9 +123,9 @@ class HungFolder:
             try:
                 request = os.read(self._device, _MAX_WRITE + 4096)
             except OSError as error:
-                if error.errno == errno.ENODEV:  # it was unmounted
+                if error.errno == errno.ENODEV:  # unmounted
                     return
-                if error.errno not in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # the one who asked is gone
+                if error.errno not in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # the caller is gone
                     raise
             else:
                 self._answer(request)
@@ -142,7 +142,7 @@ class HungFolder:
             reply = _REPLY.pack(_REPLY.size, -(error.errno or errno.EIO), unique)
         else:
             reply = _REPLY.pack(_REPLY.size + len(content), 0, unique) + content
-        with contextlib.suppress(FileNotFoundError):  # the one who asked is gone
+        with contextlib.suppress(FileNotFoundError):  # the caller is gone
             os.write(self._device, reply)
 
     def _reply(self, operation: int, node: int, body: bytes) -> bytes:
@@ -167,7 +167,7 @@ class HungFolder:
                 self._read_to = offset + size
                 return self._contents[path][offset : offset + size]
             case _Operation.RELEASE | _Operation.FLUSH | _Operation.READDIR | _Operation.RELEASEDIR:
-                return b""  # no folder lists anything
+                return b""  # folders list nothing
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _attributes(self, path: str, node: int) -> bytes:
@@ -184,7 +184,7 @@ class HungFolder:
 
 @contextlib.contextmanager
 def hung_folder(path: Path) -> Iterator[HungFolder]:
-    """Mount a file system that hangs at `path`, which is made. It needs root and ``/dev/fuse``."""
+    """Create the folder `path` and mount a hung file system there. It needs root and ``/dev/fuse``."""
     if not os.path.exists(_DEVICE):
         unavailable("this kernel has no FUSE", even_in_ci=True)
     if os.geteuid():

@@ -1,4 +1,4 @@
-"""Workers without threads: small tasks are done when they are submitted, large files when a test says so."""
+"""Workers without threads: small tasks are done when they are submitted, large files when a test calls `hash_large`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from socs_monitor.registration.lookup import Policy
 from socs_monitor.registration.parking import Parking
-from socs_monitor.registration.workers import Result, Task, Workers
+from socs_monitor.registration.work import Result, Task
+from socs_monitor.registration.workers import Workers
 
 
 class InlineWorkers(Workers):
-    """The real workers, their work done by the thread that calls."""
+    """The real workers, run by the calling thread."""
 
     def __init__(self, policy: Policy, parking: Parking, wake: Callable[[], None], small: int) -> None:
         super().__init__(policy, parking, wake, spawn=lambda work, name: None, small=small)
@@ -27,6 +28,8 @@ class InlineWorkers(Workers):
                 self._do(self._workers[0], batch)
 
     def hash_large(self) -> None:
-        """Hash all large files that were found."""
-        while self._heap:
-            self._next_slice(self._workers[1])
+        """Hash all pending large files."""
+        while not self._readings.empty():
+            _, _, reading = self._readings.get()
+            assert reading is not None
+            self._read_slice(self._workers[1], reading)

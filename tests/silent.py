@@ -1,4 +1,4 @@
-"""Stand-ins for a router in states in which a real one cannot be brought at will: it answers, its agents never do."""
+"""Stand-in for a router whose agents never answer, a state that a real router cannot be put into at will."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers while the agent behind it does not: no call ever has a reply."""
+    """Accept every call, and never reply."""
 
     def do_GET(self) -> None:
         self.send_error(405)
 
     def do_POST(self) -> None:
-        self.rfile.read()  # until the caller gives up
+        self.rfile.read()  # blocks until the caller gives up
 
     def log_message(self, *_: object) -> None:
         pass
@@ -23,7 +23,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def silent_router() -> Iterator[int]:
-    """Run such a router; gives its port."""
+    """Run the stand-in, and provide its port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)

@@ -1,4 +1,4 @@
-"""``socs-monitor backfill``: registers timestream files that no row names."""
+"""``socs-monitor backfill``: register timestream files that have no row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from socs_monitor.cli import client
-from socs_monitor.cli.shared import NotDoneError, add_agent_arguments
-from socs_monitor.cli.stopped import spool_of_stopped_agent
+from socs_monitor.cli.offline import spool_if_stopped
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, counted
 from socs_monitor.completeness.scan import Scan, registration_of
 from socs_monitor.suprsync.database import DatabaseUnavailableError
 
@@ -20,20 +20,20 @@ _POLL_S = 0.5
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Register timestream files that no row names, because the agent was down or a datagram was lost. Files that"
-        " changed within the last two minutes are left alone. It may be repeated at any time; Ctrl-C aborts it."
+        "Register timestream files that have no row because the agent was down or a datagram was lost. Files changed"
+        " within the last two minutes are skipped. The command can be repeated at any time. Ctrl-C aborts it."
     )
     add_agent_arguments(parser)
     parser.add_argument("root", metavar="ROOT", help="folder of the timestreams, e.g. /data/so/timestreams")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be registered")
+    parser.add_argument("--dry-run", action="store_true", help="only list the files that would be registered")
     parser.set_defaults(run=_backfill)
 
 
 def _backfill(args: argparse.Namespace) -> None:
     settings = client.settings_of(args)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns) as bar, spool_of_stopped_agent(settings.spool_path) as spool:
-        task = bar.add_task("timestream files seen", total=None)
+    with Progress(*columns) as bar, spool_if_stopped(settings.spool_path) as spool:
+        task = bar.add_task("timestream files checked", total=None)
 
         def show(progress: dict[str, Any]) -> None:
             bar.update(task, completed=progress["seen"])
@@ -45,17 +45,18 @@ def _backfill(args: argparse.Namespace) -> None:
                     if not args.dry_run:
                         spool.accept([registration_of(path)[1]])
             except DatabaseUnavailableError as error:
-                raise NotDoneError(str(error)) from error
-            result, then = scan.progress(), "registered when the agent starts"
+                raise CommandError(str(error)) from error
+            result, outcome = scan.progress(), "They will be registered when the agent starts."
         else:
-            result, then = _backfill_by_agent(client.connect(args), args, show), "registered by the agent now"
+            result, outcome = _backfill_by_agent(client.connect(args), args, show), "The agent is registering them."
         bar.update(task, total=result["seen"])
     for path in result["paths"]:
-        print(f"no row names {path}")
-    if result["unregistered"] > len(result["paths"]):
-        print(f"... and {result['unregistered'] - len(result['paths'])} more")
-    then = "not registered: this was a dry run" if args.dry_run else then
-    print(f"{result['seen']} timestream files seen, {result['unregistered']} of them in no row; {then}.")
+        print(f"no row: {path}")
+    seen, missing = result["seen"], result["unregistered"]
+    if missing > len(result["paths"]):
+        print(f"... and {missing - len(result['paths'])} more")
+    outcome = "Dry run: nothing was registered." if args.dry_run else outcome if missing else ""
+    print(f"Checked {counted(seen, 'timestream file')}: {missing or 'none'} without a row. {outcome}".rstrip())
 
 
 def _backfill_by_agent(agent: Any, args: argparse.Namespace, show: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``socs-monitor completion``: the script that completes this command in a shell."""
+"""``socs-monitor completion``: print the shell completion script."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import shtab
 
-_FILES: dict[str, Any] = {"FILE": shtab.FILE, "ROOT": shtab.DIRECTORY}  # by the name that the help has for the value
+_FILES: dict[str, Any] = {"FILE": shtab.FILE, "ROOT": shtab.DIRECTORY}  # by metavar
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Print the script that completes this command in a shell. For bash, once and for all: socs-monitor completion"
-        " bash > ~/.local/share/bash-completion/completions/socs-monitor. For zsh: socs-monitor completion zsh >"
+        "Print the shell completion script. For bash: socs-monitor completion bash >"
+        " ~/.local/share/bash-completion/completions/socs-monitor. For zsh: socs-monitor completion zsh >"
         " _socs-monitor, in a folder of $fpath."
     )
     parser.add_argument("shell", choices=("bash", "zsh"))

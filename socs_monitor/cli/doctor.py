@@ -1,4 +1,4 @@
-"""``socs-monitor doctor``: is everything as the agent needs it? Nothing is changed."""
+"""``socs-monitor doctor``: check everything that the agent needs on its host, and suggest fixes. Changes nothing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli import checks, client
-from socs_monitor.cli.checks import Finding, Verdict
-from socs_monitor.cli.shared import add_agent_arguments, console, plain
+from socs_monitor.cli.checks import Finding, Verdict, failure, ok, warning
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, console, plain
 from socs_monitor.spool import file
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Check what the agent needs on this host: configuration, router, UDP port, receive buffer, database and spool"
-        " with their permissions and disks, data roots and clock; and say what to do. Nothing is changed. Run it where"
-        " the agent runs (docker exec ocs-pysmurf-monitor socs-monitor doctor). Exit codes: 0 no failure, warnings"
-        " perhaps; 1 a failure; 2 wrong usage."
+        "Check what the agent needs on this host, and suggest fixes: configuration, router, UDP port, receive buffer,"
+        " permissions and disks of database and spool, data roots, and clock. Nothing is changed. Run it where the"
+        " agent runs: docker exec ocs-pysmurf-monitor socs-monitor doctor. Exit codes: 0 no failures; 1 at least one"
+        " failure; 2 wrong usage."
     )
     add_agent_arguments(parser)
     parser.set_defaults(run=_doctor)
@@ -30,66 +30,71 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     table = Table.grid(padding=(0, 2))
-    worst = Verdict.OK
-    for finding in _findings(args):
-        text = Text(plain(finding.text))
-        if finding.verdict is not Verdict.OK:
-            worst = Verdict.FAILURE if Verdict.FAILURE in (worst, finding.verdict) else Verdict.WARNING
-        if finding.advice and finding.verdict is not Verdict.OK:
-            text.append(f"\n-> {plain(finding.advice)}", style="bold")
-        table.add_row(Text(finding.verdict.name.lower(), style=finding.verdict.value), Text(finding.what), text)
+    code = 0
+    for subject, (verdict, text, advice) in _findings(args):
+        cell = Text(plain(text))
+        if advice and verdict is not Verdict.OK:
+            cell.append(f"\n-> {plain(advice)}", style="bold")
+        table.add_row(Text(verdict.name.lower(), style=verdict.value), Text(subject), cell)
+        code |= verdict is Verdict.FAILURE
     console().print(table)
-    return int(worst is Verdict.FAILURE)
+    return code
 
 
-def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+def _findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
+    """Yield each finding with its subject."""
     try:
         settings = client.settings_of(args)
-    except client.ClientError as error:
-        advice = "correct it, or name another; the other checks need it"
-        yield Finding(Verdict.FAILURE, "configuration", str(error), advice)
+    except CommandError as error:
+        yield "configuration", failure(str(error), "Fix this first: the other checks need it.")
         return
+    agent, db_path, spool_path = args.instance_id, settings.db_path, settings.spool_path
     if client.has_site_config(args):
-        yield Finding(Verdict.OK, "configuration", f"the site config has {args.instance_id}")
+        yield "configuration", ok(f"The site config has an entry for agent '{agent}'.")
     else:
-        text = f"no site config is named, so these are the defaults of {args.instance_id}"
-        yield Finding(Verdict.WARNING, "configuration", text, "set OCS_CONFIG_DIR, or use --site-file")
+        text = f"No site config given. The default options of agent '{agent}' are checked."
+        yield "configuration", warning(text, "Use --site-file, or set OCS_CONFIG_DIR.")
     data: dict[str, Any] = {}
-    lives = False
-    with contextlib.suppress(OSError):  # `permissions` tells
-        lives = file.is_locked(settings.spool_path)
-    yield from _agent(args, lives, data)
-    for what, findings in {
-        "UDP port": checks.port(settings, lives),
-        "receive buffer": checks.receive_buffer(settings, data),
-        "database": checks.database(settings),
-        "permissions": checks.permissions(settings),
-        "disks": checks.disks(settings),
-        "data roots": checks.data_roots(settings),
-        "clock": checks.clock(),
-    }.items():
+    running = False
+    with contextlib.suppress(OSError):  # reported by `permissions`
+        running = file.is_locked(spool_path)
+    yield from _agent(args, running, data)
+    user = checks.agent_user(settings)
+    for subject, findings in (
+        ("UDP port", checks.udp_port(settings, running)),
+        ("receive buffer", checks.receive_buffer(settings.udp_buffer, data.get("socket", {}).get("buffer"))),
+        ("database", checks.database(settings)),
+        ("database", checks.permissions(user, db_path)),
+        ("database", checks.sharing(db_path)),
+        ("spool", checks.permissions(user, spool_path)),
+        ("database's disk", checks.disk(db_path)),
+        ("spool's disk", checks.disk(spool_path, settings.spool_size)),
+        ("data roots", checks.data_roots(user, settings.policy.data_roots)),
+        ("clock", checks.clock(db_path)),
+    ):
         try:
-            yield from findings
+            for finding in findings:
+                yield subject, finding
         except OSError as error:
-            advice = "run this as the user that runs the agent, or as root"
-            yield Finding(Verdict.FAILURE, what, f"this cannot be seen: {error}", advice)
+            yield subject, failure(f"The check failed: {error}.", "Run this as the agent's user, or as root.")
 
 
-def _agent(args: argparse.Namespace, lives: bool, data: dict[str, Any]) -> Iterator[Finding]:
-    """Ask router and agent; what the agent says of itself goes into `data`."""
+def _agent(args: argparse.Namespace, running: bool, data: dict[str, Any]) -> Iterator[tuple[str, Finding]]:
+    """Check router and agent; the agent's ``session.data`` goes into `data`."""
     try:
-        session = client.session_of_run(args)
+        session = client.run_session(args)
     except client.RouterAwayError as error:
-        advice = "files are registered without it; operations and feeds are not there: see whether the router is up"
-        yield Finding(Verdict.WARNING, "router", str(error), advice)
-    except client.ClientError as error:
-        verdict = Verdict.FAILURE if lives else Verdict.WARNING
-        yield Finding(verdict, "agent", str(error), "see the agent's log" if lives else "start the agent")
+        yield "router", warning(str(error), "Start the router: until then there are no feeds and operations.")
+    except CommandError as error:
+        if running:
+            yield "agent", failure(str(error), "The agent's process is running. See its log.")
+        else:
+            yield "agent", warning(str(error), "The agent is not running: messages sent now are lost. Start it.")
     else:
         data |= session.get("data") or {}
-        yield Finding(Verdict.OK, "router", "it answers, and the agent by way of it")
-        if session.get("status") != "running":
-            text = f"its operation run is {session.get('status', 'not started')}"
-            yield Finding(Verdict.FAILURE, "agent", text, "start it, or restart the agent")
+        yield "router", ok("The router is up, and the agent answers.")
+        if (status := session.get("status", "not started")) != "running":
+            text = f"The operation run is {status}: files are not registered."
+            yield "agent", failure(text, "Start the operation, or restart the agent.")
         for condition, reason in data.get("degraded", {}).items():
-            yield Finding(Verdict.FAILURE, "agent", f"{condition}: {reason}", "see socs-monitor status")
+            yield "agent", failure(f"{condition}: {reason}", "Run: socs-monitor status")

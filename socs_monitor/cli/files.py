@@ -1,4 +1,4 @@
-"""``socs-monitor files``: the rows of the SupRsync database, read beside those who write them."""
+"""``socs-monitor files``: show the rows of the SupRsync database, without locking out its writers."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli import client
-from socs_monitor.cli.shared import NotDoneError, add_agent_arguments, console, plain, utc
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, console, counted, plain, utc
 from socs_monitor.suprsync import readonly
 
 _LIMIT = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
-# What is in the archive, or is not to get there, needs no copy; as SupRsync chooses what it copies.
+# The rows that SupRsync copies.
 _UNCOPIED = "local_md5sum IS NOT remote_md5sum AND removed IS NULL AND NOT coalesce(ignore, 0)"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
-        "Show what is registered: the rows of the SupRsync database, newest last. It is only read, also while agent"
-        " and SupRsync are at work. With --since and --uncopied the whole table may have to be read, some seconds for"
+        "Show registered files: the rows of the SupRsync database, newest last. The database is only read; agent and"
+        " SupRsync can keep running. --since and --uncopied may have to read the whole table: a few seconds for"
         " millions of rows."
     )
     add_agent_arguments(parser)
-    parser.add_argument("--archive", metavar="A", help="only of this archive: smurf or timestreams")
+    parser.add_argument("--archive", metavar="A", help="only rows of this archive: smurf or timestreams")
     parser.add_argument(
         "--since",
         type=_time,
         metavar="T",
-        help="only what was added since: unix time, ISO date or time (UTC where it names no zone), or 30m, 2h, 3d ago",
+        help="only rows added since T: unix time, ISO date or time (default: UTC), or an age (30m, 2h, 3d)",
     )
-    parser.add_argument("--uncopied", action="store_true", help="only what SupRsync has yet to copy")
-    parser.add_argument(
-        "--limit", type=_number, default=_LIMIT, metavar="N", help="the newest N of them; default: %(default)s"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, with all columns, e.g. for jq")
+    parser.add_argument("--uncopied", action="store_true", help="only files that SupRsync has not copied yet")
+    parser.add_argument("--limit", type=_number, default=_LIMIT, metavar="N", help="newest N; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row, with all columns")
     parser.set_defaults(run=_files)
 
 
@@ -55,8 +53,8 @@ def _files(args: argparse.Namespace) -> None:
     try:
         rows = _rows(path, args)
     except (sqlite3.Error, OSError) as error:
-        raise NotDoneError(f"the database {path} cannot be read: {error}; is --db-path the agent's?") from error
-    more = f"the newest {args.limit} are shown, there are more: --limit" if len(rows) > args.limit else ""
+        raise CommandError(f"The database {path} cannot be read: {error}. Check --db-path.") from error
+    more = f"Only the newest {args.limit} are shown. For more, use --limit." if len(rows) > args.limit else ""
     rows = rows[-args.limit :]
     if args.json:
         for row in rows:
@@ -64,24 +62,24 @@ def _files(args: argparse.Namespace) -> None:
         if more:
             print(f"socs-monitor: {more}", file=sys.stderr)
     elif rows:
-        table = Table("id", "added (UTC)", "archive", "state", "local path, and where to", caption=more or None)
+        table = Table("id", "added (UTC)", "archive", "state", "local path, remote path", caption=more or None)
         for row in rows:
             paths = f"{plain(row['local_path'])}\n{plain(row['remote_path'])}"
             cells = (row["id"], utc(row["timestamp"]), row["archive_name"], _state(row))
             table.add_row(*(Text(plain(cell)) for cell in cells), Text(paths, overflow="fold"))
         console().print(table)
     else:
-        print("No such rows.")
+        print("No matching rows.")
 
 
 def _rows(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the newest rows that are asked for, in order, and one more if there is one."""
+    """Return the newest matching rows, oldest first, and one more than the limit if there is one."""
     wanted: dict[str, Any] = {"archive_name = ?": args.archive, "timestamp >= ?": args.since}
     chosen = {condition: value for condition, value in wanted.items() if value is not None}
     where = " AND ".join(["1", *chosen, *([_UNCOPIED] if args.uncopied else [])])
     with contextlib.closing(readonly.connect(path)) as db:
         db.row_factory = sqlite3.Row
-        db.text_factory = lambda text: text.decode(errors="backslashreplace")  # an odd row hides no other
+        db.text_factory = lambda text: text.decode(errors="backslashreplace")  # a malformed row must not hide others
         newest_first = db.execute(
             f"SELECT * FROM supersync_v0 WHERE {where} ORDER BY id DESC LIMIT ?",  # noqa: S608 (own constants)
             (*chosen.values(), args.limit + 1),
@@ -92,9 +90,11 @@ def _rows(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def _state(row: Mapping[str, Any]) -> str:
     if row["ignore"]:
         return "ignored"
-    copied = "copied" if row["local_md5sum"] == row["remote_md5sum"] else "not copied"
-    failed = f", failed {row['failed_copy_attempts']} times" if row["failed_copy_attempts"] else ""
-    return copied + (", removed" if row["removed"] is not None else "") + (failed if copied != "copied" else "")
+    removed = ", removed" if row["removed"] is not None else ""
+    if row["local_md5sum"] == row["remote_md5sum"]:
+        return f"copied{removed}"
+    attempts = row["failed_copy_attempts"]
+    return f"not copied{removed}" + (f", {counted(attempts, 'failed attempt')}" if attempts else "")
 
 
 def _time(text: str) -> float:
@@ -102,13 +102,12 @@ def _time(text: str) -> float:
         return time.time() - float(ago[1]) * _UNITS[ago[2]]
     with contextlib.suppress(ValueError):
         return float(text)
-    try:
+    with contextlib.suppress(ValueError):
         moment = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: write e.g. 1700000000, 2024-01-31, 2024-01-31T12:00, 30m, 2h or 3d"
-        ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a time; examples: 1700000000, 2024-01-31, 2024-01-31T12:00, 30m, 2h, 3d"
+    )
 
 
 def _number(text: str) -> int:

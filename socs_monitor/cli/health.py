@@ -1,4 +1,4 @@
-"""The agent's health as the commands show it."""
+"""The agent's health, as the commands print it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class State(enum.Enum):
 
 
 class Health(NamedTuple):
-    """The agent's health, with the data it is based on.
+    """The agent's health, and the data it is derived from.
 
     Attributes:
         state: The health in one word.
-        reasons: Reason of each condition.
-        note: Where the data is from, or empty.
+        reasons: Reason for each condition.
+        note: Source of the data if the agent did not answer, otherwise empty.
         data: ``session.data`` of `run`, as far as it is known.
     """
 
@@ -36,10 +36,10 @@ class Health(NamedTuple):
     data: dict[str, Any]
 
     def line(self) -> str:
-        """Return state, reasons and note in one line."""
+        """Return state, reasons and note on one line."""
         parts = [f"{condition}: {reason}" for condition, reason in self.reasons.items()]
-        return plain("; ".join([str(self.state), *parts, *([self.note] if self.note else [])]))
+        return plain("; ".join(part.rstrip(".") for part in (str(self.state), *parts, self.note) if part))
 
     def json(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
-        return {"state": str(self.state), "reasons": self.reasons, "note": self.note, "data": self.data}
+        return {**self._asdict(), "state": str(self.state)}

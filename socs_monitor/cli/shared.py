@@ -1,4 +1,4 @@
-"""What several commands need: which agent is meant, and how to show what others wrote."""
+"""Shared by the commands: the options that select an agent, and how values are displayed."""
 
 from __future__ import annotations
 
@@ -13,59 +13,53 @@ from socs_monitor import INSTANCE
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDE = 1000  # columns where no terminal says otherwise: a pipe's reader wants each row on its line
+_PIPE_COLUMNS = 1000  # without a terminal: each row of a table stays on one line
 
 
-class NotDoneError(Exception):
-    """The command could not do what it was asked for; the text says why and what to do."""
+class CommandError(Exception):
+    """The command failed. The text says why, and what to do."""
 
 
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which agent is meant."""
+    """Add the options that select an agent."""
     agent = parser.add_argument_group(
-        "which agent",
-        "Without these, what the site config in OCS_CONFIG_DIR says, or the agent's defaults. As with ocs-agent-cli,"
-        " INSTANCE_ID, SITE_HOST, SITE_HUB and SITE_HTTP of the environment count, too.",
+        "agent",
+        "Default: the agent in the site config of OCS_CONFIG_DIR, or the agent's default options. The environment"
+        " variables INSTANCE_ID, SITE_HOST, SITE_HUB and SITE_HTTP have the same effect as for ocs-agent-cli.",
     )
-    agent.add_argument(
-        "--instance-id", default=os.environ.get("INSTANCE_ID") or INSTANCE, metavar="ID", help="default: %(default)s"
-    )
+    instance = os.environ.get("INSTANCE_ID") or INSTANCE
+    agent.add_argument("--instance-id", default=instance, metavar="ID", help="instance-id; default: %(default)s")
     agent.add_argument("--site-file", metavar="FILE", help="OCS site config")
-    agent.add_argument("--site-host", metavar="HOST", help="host in the site config; default: this one, or localhost")
-    agent.add_argument("--db-path", metavar="FILE", help="the SupRsync database")
+    agent.add_argument("--site-host", metavar="HOST", help="host in the site config; default: this host or localhost")
+    agent.add_argument("--db-path", metavar="FILE", help="SupRsync database")
     agent.add_argument("--spool-path", metavar="FILE", help="the agent's spool")
 
 
 def console() -> Console:
-    """Return where tables are printed: as wide as the terminal, or as the rows are where there is none."""
-    from rich.console import Console  # here, since the health check shows no table
+    """Return a console as wide as the terminal, or wide enough for any row if there is none."""
+    from rich.console import Console  # not needed by the health check
 
-    is_narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_narrow else _WIDE, highlight=False)
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else _PIPE_COLUMNS, highlight=False)
 
 
 def plain(text: object) -> str:
-    """Return what a sender or a file name says as it can be shown: one line, no control characters."""
+    """Return text of a sender or a file name on one line, with control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 file" or "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def utc(timestamp: float) -> str:
-    """Write unix time as a person reads it, in UTC."""
+    """Format unix time as date and time in UTC."""
     return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def span(seconds: float) -> str:
-    """Write a time span in the unit that suits it."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    for unit, length, until in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if seconds < until:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86_400:.0f} d"
-
-
 def size(count: float) -> str:
-    """Write a number of bytes in the unit that suits it."""
+    """Format a number of bytes in a readable unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

@@ -1,11 +1,10 @@
-"""What `status` shows in a terminal. A report may lack any part: of a stopped agent, or of an older one."""
+"""The terminal view of `socs-monitor status`. Data of a stopped or an older agent is incomplete."""
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,46 +14,45 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli.health import Health, State
-from socs_monitor.cli.shared import console, plain, size, span, utc
+from socs_monitor.cli.shared import console, counted, plain, size, utc
+from socs_monitor.health.units import span
 
-_COLOURS = {State.ALL_WELL: "green", State.UNKNOWN: "yellow", State.DEGRADED: "red", State.NOT_RUNNING: "red"}
 _HEADLINES = {
-    State.ALL_WELL: "all well",
-    State.UNKNOWN: "UNKNOWN: the agent could not be asked",
-    State.DEGRADED: "DEGRADED: files do not get through as they should",
-    State.NOT_RUNNING: "NOT RUNNING",
+    State.ALL_WELL: ("green", "all well"),
+    State.UNKNOWN: ("yellow", "UNKNOWN: the agent could not be asked"),
+    State.DEGRADED: ("red", "DEGRADED: files are not registered, or messages are lost"),
+    State.NOT_RUNNING: ("red", "NOT RUNNING"),
 }
-
 _PROBLEMS_SHOWN = 5
 
 _Row = tuple[str, RenderableType]
 
 
-def show(report: Health, agent: str) -> None:
+def show(health: Health, agent: str) -> None:
     """Print the view once."""
-    console().print(render(report, agent))
+    console().print(render(health, agent))
 
 
 def live() -> Live:
-    """Return the display in which `show` is repeated."""
+    """Return a full-screen display."""
     return Live(console=console(), screen=True, auto_refresh=False)
 
 
-def render(report: Health, agent: str) -> RenderableType:
-    """Return the view of a report about an agent."""
+def render(health: Health, agent: str) -> RenderableType:
+    """Return the view of an agent's health."""
     now = time.time()
-    colour = _COLOURS[report.state]
+    colour, headline = _HEADLINES[health.state]
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
-    for name, cell in _rows(report.data, now):
-        rows.add_row(name, cell)
-    head = [Text(_HEADLINES[report.state], style=f"bold {colour}")]
-    head += [_joined((f"{condition}: ", "bold"), reason) for condition, reason in report.reasons.items()]
-    head += [_text(report.note, "yellow")] if report.note else []
+    for row in _rows(health.data, now):
+        rows.add_row(*row)
+    head = [Text(headline, style=f"bold {colour}")]
+    head += [_text((f"{condition}: ", "bold"), reason) for condition, reason in health.reasons.items()]
+    head += [_text((health.note, "yellow"))] if health.note else []
     return Panel(
         Group(*head, Text(), rows),
-        title=_joined((agent, "bold"), f"  {utc(report.data.get('timestamp', now))} UTC"),
+        title=_text((agent, "bold"), f"  {utc(health.data.get('timestamp', now))} UTC"),
         title_align="left",
         border_style=colour,
         padding=(0, 1),
@@ -63,101 +61,70 @@ def render(report: Health, agent: str) -> RenderableType:
 
 
 def _rows(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    parts = {
-        "files": _files,
-        "queue": _queue,
-        "datagrams": _datagrams,
-        "lost": _lost,
-        "socket": _socket,
-        "database": _database,
-        "spool": _spool,
-        "streams": _streams,
-        "problems": _problems,
-    }
-    for key, part in parts.items():
-        if key in data:
-            yield from part(data, now)
-
-
-def _files(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    files = data["files"]
-    running = "received" in files
-    places = ("registered" if running else "settling", "pending", "waiting", "dead", "discarded")
-    sum_ = f"{files['received']} received = " if running else ""
-    text = sum_ + (" + " if sum_ else ", ").join(f"{files[place]} {place}" for place in places if place in files)
-    if running and files.get("settling"):
-        text += f" ({files['settling']} of them settling)"
-    if text:
-        yield "files", _text(text, "yellow" if files.get("dead") else "")
-    if files.get("last"):
-        age = f"  {_ago(files['last_time'], now)}" if "last_time" in files else ""
-        yield "last file", _joined(files["last"], (age, "dim"))
-
-
-def _queue(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    queue = data["queue"]
-    oldest = f", the oldest for {span(queue['oldest'])}" if queue["depth"] else ""
-    yield "queue", _text(f"{queue['depth']} wait for their row{oldest}")
-
-
-def _datagrams(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    datagrams = data["datagrams"]
-    yield "datagrams", _text(f"{datagrams['total']} ({size(datagrams['bytes'])}): {_counts(datagrams['by_type'])}")
+    if files := data.get("files"):
+        yield from _files(files, now)
+    if queue := data.get("queue"):
+        oldest = f", the oldest for {span(queue['oldest'])}" if queue["depth"] else ""
+        yield "queue", _text(f"{queue['depth']} pending{oldest}")
+    if datagrams := data.get("datagrams"):
+        yield "datagrams", _text(f"{datagrams['total']} ({size(datagrams['bytes'])}): {_counts(datagrams['by_type'])}")
     for key in ("malformed", "refused", "unpublished"):
         if data.get(key):
-            yield key, _text(_counts(data[key]), "yellow")
+            yield key, _text((_counts(data[key]), "yellow"))
+    if lost := data.get("lost"):
+        yield from _lost(lost, now)
+    if socket := data.get("socket"):
+        yield "socket", _socket(socket)
+    if database := data.get("database"):
+        text = f"last commit {span(database['write'])}, slowest of the last minute {span(database['write_max'])}, "
+        errors = counted(database["errors"], "error")
+        yield "database", _text(text, (errors, "yellow" if database["errors"] else ""))
+    if spool := data.get("spool"):
+        yield "spool", _text(f"{size(spool['bytes'])} of {size(spool['max_bytes'])}")
+    if data.get("streams"):
+        header = ("stream", "files today", "last file", "last metadata")
+        table = Table(*header, box=None, header_style="dim", pad_edge=False)
+        for name, stream in data["streams"].items():
+            ages = [_ago(stream[key], now) for key in ("last_file", "last_metadata")]
+            table.add_row(*map(_text, (name, stream["files_today"], *ages)))
+        yield from (("", Text()), ("streams", table))
+    for index, problem in enumerate(reversed(data.get("problems", [])[-_PROBLEMS_SHOWN:])):
+        if index == 0:
+            yield "", Text()
+        yield "" if index else "problems", _text((f"{_ago(problem['time'], now)}  ", "dim"), problem["text"])
 
 
-def _lost(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    lost = data["lost"]
+def _files(files: Mapping[str, Any], now: float) -> Iterator[_Row]:
+    is_complete = "received" in files  # from the agent itself
+    states = ("registered" if is_complete else "settling", "pending", "waiting", "dead", "discarded")
+    counts = [f"{files[state]} {state}" for state in states if state in files]
+    if counts:
+        text = f"{files['received']} received = {' + '.join(counts)}" if is_complete else ", ".join(counts)
+        if is_complete and files.get("settling"):
+            text += f" ({files['settling']} of them settling)"
+        yield "files", _text((text, "yellow" if files.get("dead") else ""))
+    if files.get("last"):
+        age = f"  {_ago(files['last_time'], now)}" if "last_time" in files else ""
+        yield "last file", _text(files["last"], (age, "dim"))
+
+
+def _lost(lost: Mapping[str, Any], now: float) -> Iterator[_Row]:
     gaps = f"{lost['gaps']} missing by sequence number, " if "gaps" in lost else ""
-    any_ = lost.get("gaps") or lost["kernel"]
-    yield "lost", _text(f"{gaps}{lost['kernel']} dropped by the kernel", "yellow" if any_ else "")
+    has_loss = lost.get("gaps") or lost["kernel"]
+    yield "lost", _text((f"{gaps}{lost['kernel']} dropped by the kernel", "yellow" if has_loss else ""))
     for sender in lost.get("senders", ()):
         who = f"{sender['id']} {sender['script']} at {sender['sender']}"
-        yield "", _joined(f"{sender['lost']} of {who}", (f"  {_ago(sender['last'], now)}", "dim"))
+        yield "", _text(f"{sender['lost']} from {who}", (f"  {_ago(sender['last'], now)}", "dim"))
 
 
-def _socket(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    socket = data["socket"]
+def _socket(socket: Mapping[str, Any]) -> Text:
     text = Text("listening") if socket["listening"] else Text("NOT LISTENING", style="bold red")
     if "buffer" in socket:
         is_short = socket["buffer"] < socket["buffer_asked"]
-        of = f" of {size(socket['buffer_asked'])} asked for: see `socs-monitor doctor`" if is_short else ""
-        text += _text(f", receive buffer {size(socket['buffer'])}{of}", "yellow" if is_short else "")
-        text += _text(f", bound again {socket['rebinds']} times") if socket["rebinds"] else ""
-    yield "socket", text
-
-
-def _database(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    database = data["database"]
-    text = f"last commit {span(database['write'])}, longest of the last minute {span(database['write_max'])}"
-    yield "database", _text(text) + _text(f", {database['errors']} errors", "yellow" if database["errors"] else "")
-
-
-def _spool(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    yield "spool", _text(f"{size(data['spool']['bytes'])} of {size(data['spool']['max_bytes'])}")
-
-
-def _streams(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    if data["streams"]:
-        table = Table(
-            "stream", "files today", "last file", "last metadata", box=None, header_style="dim", pad_edge=False
-        )
-        for name, stream in data["streams"].items():
-            ages = (_ago(stream[key], now) for key in ("last_file", "last_metadata"))
-            table.add_row(*map(_text, (name, stream["files_today"], *ages)))
-        yield "", Text()
-        yield "streams", table
-
-
-def _problems(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
-    latest = data["problems"][-_PROBLEMS_SHOWN:]
-    names = itertools.chain(["problems"], itertools.repeat(""))
-    if latest:
-        yield "", Text()
-    for name, problem in zip(names, reversed(latest), strict=False):
-        yield name, _joined((f"{_ago(problem['time'], now)}  ", "dim"), problem["text"])
+        of = f" of {size(socket['buffer_asked'])} requested; run: socs-monitor doctor" if is_short else ""
+        text += _text((f", receive buffer {size(socket['buffer'])}{of}", "yellow" if is_short else ""))
+        text += _text(f", bound again {counted(socket['rebinds'], 'time')}") if socket["rebinds"] else Text()
+    return text
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -169,11 +136,7 @@ def _ago(timestamp: float | None, now: float) -> str:
     return "never" if timestamp is None else f"{span(max(0.0, now - timestamp))} ago"
 
 
-def _text(text: object, style: str = "") -> Text:
-    """Text as it is: what a sender wrote is no markup, and has no control characters."""
-    return Text(plain(text), style=style)
-
-
-def _joined(*parts: object) -> Text:
-    pairs: Iterable[Any] = (part if isinstance(part, tuple) else (part, "") for part in parts)
-    return Text.assemble(*((plain(text), style) for text, style in pairs))
+def _text(*parts: object) -> Text:
+    """Join parts, each a value or (value, style). Text from senders is neither markup nor control characters."""
+    pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    return Text.assemble(*((plain(value), style) for value, style in pairs))

@@ -1,1 +1,1 @@
-"""The disk compared with the database and the spool."""
+"""Comparison of the disk with the database and the spool, and correction of what does not agree."""

@@ -1,9 +1,8 @@
-"""Correction of rows that SupRsync cannot finish.
+"""Correction of stuck rows: those that are not verified, and that SupRsync failed to copy or takes for removed.
 
-A row is stuck if SupRsync failed to copy its file or takes it for removed, while the two sums differ: after
-`MAX_COPY_ATTEMPTS` failures, or with ``removed`` set, SupRsync never copies it, and ``finalized_until`` stays before it
-forever. This happens where SupRsync commits what it read before a reset, where a file was overwritten without an
-announcement, and in rows of the published agent. The caretaker gives such rows the present content of their files.
+SupRsync never copies such a row after `MAX_COPY_ATTEMPTS` failures or with ``removed`` set, and ``finalized_until``
+stays before it forever. Rows get stuck if SupRsync commits what it read before a reset, if a file is overwritten
+without an announcement, or in the published agent. The caretaker gives them the present content of their files.
 """
 
 from __future__ import annotations
@@ -13,47 +12,36 @@ import time
 from collections.abc import Callable
 
 from socs_monitor.health.health import Health
-from socs_monitor.registration.workers import FailedLarge, HashedLarge
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
-from socs_monitor.suprsync.upsert import Correction, needs_retry, plan_correction
+from socs_monitor.suprsync.upsert import Correction, Row, plan_correction
 
-# Seconds between two passes. The first one comes sooner, but leaves the start to the registrations.
+# Seconds between two passes, and before the first one, which leaves the start to the registrations.
 INTERVAL_S = 60.0
 FIRST_S = 5.0
 
-# Seconds for which a row whose file did not change is left alone: failed copies are tried again, and files hashed
-# again, no more often.
+# Seconds before a row whose file did not change is checked and corrected again.
 RETRY_S = 3600.0
 
-# Rows read, and then corrected, by one statement and one transaction.
-_BATCH = 100
-
-# Rows remembered for `RETRY_S`, some 200 bytes each.
-_REMEMBERED = 50_000
-
-# Lines of the log about the corrections of one pass.
-_LINES = 20
-
-# Seconds that a stop waits for the thread, which a hanging disk may hold.
-_STOP_S = 0.9
-
-
-class StoppedError(Exception):
-    """The caretaker was stopped during a pass."""
+_BATCH = 100  # rows of a query, and corrections of a transaction
+_MAX_CHECKED = 50_000  # rows remembered for `RETRY_S`, some 200 bytes each
+_MAX_LINES = 20  # lines of the log about the corrections of a pass
+_STOP_S = 0.9  # seconds that a stop waits for the thread, which a hanging disk may hold
 
 
 HashFile = Callable[[str, Callable[[], bool]], HashedLarge | FailedLarge | None]
-"""Hashes the file at a path; returns None soon after its second argument has returned true."""
+"""Hashes the file at a path; returns None soon after its second argument returned True."""
 
 
 class Caretaker:
-    """Looks at stuck rows every minute, in a thread of its own between `start` and `stop`.
+    """Corrects stuck rows every minute, in a thread of its own between `start` and `stop`.
 
     Args:
-        database: Its own connection; closed at the end of the thread.
+        database: A connection of its own. The thread closes it at its end.
         hash_file: Hashes a file.
         health: Counts and logs corrections.
-        monotonic: Gives seconds of a clock that never steps.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
     """
 
     def __init__(
@@ -67,17 +55,17 @@ class Caretaker:
         self._hash_file = hash_file
         self._health = health
         self._monotonic = monotonic
-        self._checked: dict[tuple[int, str, bool], float] = {}  # in the order of their times
+        self._checked: dict[tuple[int, str, bool], float] = {}  # states of rows, and when they were checked, by time
         self._gone = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="caretaker", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; once."""
+        """Start the thread. May be called once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread within a second. A hanging disk may hold it longer; it then does nothing more."""
+        """Stop the thread and return within a second. If a disk holds the thread longer, it then does nothing more."""
         self._stopping.set()
         self._thread.join(_STOP_S)
 
@@ -89,15 +77,15 @@ class Caretaker:
                 try:
                     self.run_pass()
                 except (DatabaseUnavailableError, StoppedError):
-                    pass  # the next pass does it; the registrar reports the database
+                    pass  # the next pass continues, and the registrar reports the database
                 except Exception as error:  # noqa: BLE001 (the thread must live)
-                    text = f"correcting rows failed: {error!r}. It is tried again every minute; please report it"
+                    text = f"correcting rows failed: {error!r}. It is tried again every minute. Please report it"
                     self._health.log.log_throttled("error", "internal_error", text)
         finally:
             self._database.close()
 
     def run_pass(self) -> int:
-        """Look at all stuck rows once; return how many were corrected.
+        """Check all stuck rows once; return how many were corrected.
 
         Raises:
             DatabaseUnavailableError: If the database cannot be used now.
@@ -110,61 +98,67 @@ class Caretaker:
             after = rows[-1].id
             corrections: list[Correction] = []
             for row in rows:
-                key = row.id, row.local_md5sum, needs_retry(row)
-                if key in self._checked:
+                if _state(row) in self._checked:
                     continue
-                if self._stopping.is_set():
-                    raise StoppedError(row.local_path)
-                found = self._hash_file(row.local_path, self._stopping.is_set)
-                if found is None:
-                    raise StoppedError(row.local_path)
-                if isinstance(found, HashedLarge):
-                    if (correction := plan_correction(row, found.md5)) is not None:
-                        corrections.append(correction)
-                    else:
-                        self._checked[key] = self._monotonic()
-                elif found.missing:
-                    gone += 1
-                    last_gone = row.local_path
+                found = self._hash(row.local_path)
+                if isinstance(found, FailedLarge):
+                    if found.missing:
+                        gone += 1
+                        last_gone = row.local_path
+                elif correction := plan_correction(row, found.md5):
+                    corrections.append(correction)
+                else:
+                    self._checked[_state(row)] = self._monotonic()
             if corrections:
-                corrected += self._correct(corrections, corrected)
-        if corrected > _LINES:
+                corrected += self._correct(corrections, _MAX_LINES - corrected)
+        if corrected > _MAX_LINES:
             self._health.log.log("info", "corrected", f"corrected {corrected} rows in one pass", count=corrected)
         self._report_gone(gone, last_gone)
         return corrected
 
-    def _correct(self, corrections: list[Correction], before: int) -> int:
-        """Write corrections; return how many were written, `before` is how many were in this pass already."""
+    def _hash(self, path: str) -> HashedLarge | FailedLarge:
+        found = None if self._stopping.is_set() else self._hash_file(path, self._stopping.is_set)
+        if found is None:
+            raise StoppedError(path)
+        return found
+
+    def _correct(self, corrections: list[Correction], max_lines: int) -> int:
+        """Correct rows, and log the first ones; return how many were corrected."""
+        corrected = self._database.correct(corrections)
         now = self._monotonic()
-        done = {row.id for row in self._database.correct(corrections)}
-        number = before
-        for correction in corrections:
+        for number, correction in enumerate(corrected):
             row = correction.row
-            if row.id not in done:  # SupRsync is at it, or another path holds its place
-                self._checked[row.id, row.local_md5sum, needs_retry(row)] = now
-                continue
             self._checked[row.id, correction.local_md5sum, True] = now
-            if (number := number + 1) <= _LINES:
-                same = correction.local_md5sum == row.local_md5sum
-                why = "SupRsync had given it up" if same else "the file has other content than its row"
-                text = f"{why}; SupRsync copies it again: {row.local_path}"
+            if number < max_lines:
+                is_same = correction.local_md5sum == row.local_md5sum
+                cause = "SupRsync had given the file up" if is_same else "the file changed after its row was written"
+                text = f"{cause}. Corrected the row, so that SupRsync copies the file"
                 self._health.log.log("info", "corrected", text, path=row.local_path, archive=row.archive_name)
-        self._health.counters.writes.corrected += len(done)
-        return len(done)
+        for correction in set(corrections).difference(corrected):
+            # SupRsync has just written the row, or another path holds its place
+            self._checked[_state(correction.row)] = now
+        self._health.counters.writes.corrected += len(corrected)
+        return len(corrected)
 
     def _report_gone(self, gone: int, path: str) -> None:
         if gone > self._gone:
             rows = "1 row waits" if gone == 1 else f"{gone} rows wait"
             text = (
-                f"{rows} for a copy of a file that is gone, among them {path}. SupRsync reports nothing later as final."
-                " Put the file back, or set ignore to 1 in its row"
+                f"{rows} for the copy of a file that is gone, for example {path}. SupRsync reports nothing later as"
+                " final. Put the file back, or set ignore to 1 in its row"
             )
             self._health.log.log("warn", "row_without_file", text, count=gone, path=path)
         self._gone = self._health.counters.writes.row_without_file = gone
 
     def _forget(self) -> None:
+        """Forget what was checked long ago."""
         until = self._monotonic() - RETRY_S
-        for key in list(self._checked):
-            if self._checked[key] > until and len(self._checked) <= _REMEMBERED:
+        for state, checked in list(self._checked.items()):
+            if checked > until and len(self._checked) <= _MAX_CHECKED:
                 break
-            del self._checked[key]
+            del self._checked[state]
+
+
+def _state(row: Row) -> tuple[int, str, bool]:
+    """Return what a check of a row depends on, apart from its file."""
+    return row.id, row.local_md5sum, row.is_abandoned

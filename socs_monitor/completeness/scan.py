@@ -1,41 +1,46 @@
-"""Timestream files that no row names: found by walking their folder, and registered like any other."""
+"""Search for timestream files that no row names.
+
+A scan walks the timestreams folder and looks its files up in the SupRsync database. It changes nothing; the caller
+registers what was found like any other file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from socs_monitor.spool.store import Incoming
+from socs_monitor.spool.records import Incoming
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.database import Database
 from socs_monitor.wire import messages
 
-# A file that changed within this time (seconds) may still be written; the streamer writes several times a second.
+# Seconds without a change after which a file is complete. The streamer writes several times a second.
 QUIET_S = 120.0
 
 _SENDER = "backfill"
-_AT_A_TIME = 500
-_PATHS_SHOWN = 20
+_BATCH = 500  # files looked up at a time
+_MAX_PATHS = 20  # paths listed by `Scan.progress`
 
 
 class Scan:
-    """Iterates over the g3 files below a timestreams folder (``<5 digits>/<stream id>/<name>.g3``) that no row names.
+    """Iterates over the paths of g3 files (``<root>/<5 digits>/<stream id>/<name>.g3``) that no row names, in order.
+
+    Iterating raises `OSError` if a folder cannot be read, and `DatabaseUnavailableError`.
 
     Args:
-        root: The folder; paths begin with it, so it must be spelled as the streamer spells it.
+        root: The timestreams folder. Paths begin with it, so it must be spelled as the streamer spells it.
         db_path: The SupRsync database.
-        report: Called now and then with `progress`.
-        clock: Gives unix time.
-        stopped: Asked at every file; once it says so, the iteration ends.
+        report: Called with `progress` after each batch of files.
+        clock: Returns unix time.
+        stopped: Called at every file. The iteration ends when it returns True.
 
     Attributes:
-        seen (int): Number of files looked at so far, without those still being written.
-        unregistered (int): How many of them no row names.
-
-    Iterating raises `OSError` if the folder cannot be read, and `DatabaseUnavailableError`.
+        seen (int): Number of files seen so far, without those that may still be written.
+        unregistered (int): Number of those files that no row names.
     """
 
     def __init__(
@@ -57,19 +62,24 @@ class Scan:
 
     def __iter__(self) -> Iterator[str]:
         database = Database(self._db_path, create_table=False, echo=False, report=lambda _: None)
-        try:
-            batch: list[str] = []
-            for path in self._files():
-                batch.append(path)
-                if len(batch) == _AT_A_TIME:
-                    yield from self._unknown(database, batch)
-                    batch = []
-            yield from self._unknown(database, batch)
-        finally:
-            database.close()
+        with contextlib.closing(database):
+            files = self._files()
+            is_last = False
+            while not is_last:
+                batch = list(itertools.islice(files, _BATCH))
+                if self._stopped():
+                    return
+                is_last = len(batch) < _BATCH
+                registered = database.rows(batch)
+                unregistered = [path for path in batch if path not in registered]
+                self.seen += len(batch)
+                self.unregistered += len(unregistered)
+                self._paths += unregistered[: _MAX_PATHS - len(self._paths)]
+                yield from unregistered
+                self._report(self.progress())
 
     def progress(self) -> dict[str, Any]:
-        """Return how far it is, for ``session.data``."""
+        """Return the progress for ``session.data``."""
         return {
             "timestamp": self._clock(),
             "seen": self.seen,
@@ -88,26 +98,13 @@ class Scan:
                                 yield file.path
 
     def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
-        """Entries of a folder in the order of their names, until it is stopped."""
+        """Iterate over the entries of a folder by name, until the scan is stopped."""
         with os.scandir(folder) as entries:
             found = sorted(itertools.takewhile(lambda _: not self._stopped(), entries), key=lambda entry: entry.name)
         return itertools.takewhile(lambda _: not self._stopped(), found)
 
-    def _unknown(self, database: Database, paths: list[str]) -> Iterator[str]:
-        if self._stopped():
-            return
-        known = database.rows(paths)
-        self.seen += len(paths)
-        for path in paths:
-            if path not in known:
-                self.unregistered += 1
-                if len(self._paths) < _PATHS_SHOWN:
-                    self._paths.append(path)
-                yield path
-        self._report(self.progress())
-
 
 def registration_of(path: str) -> tuple[dict[str, Any], Incoming]:
-    """What registers a timestream file, as if its datagram had arrived."""
+    """Return the metadata and the spool entry of a timestream file, as if its datagram had arrived."""
     meta = {"path": path, "archive_name": archive.TIMESTREAMS, "pub_id": _SENDER}
     return meta, Incoming(time.time(), _SENDER, messages.encode_file(meta))

@@ -1,6 +1,6 @@
-"""The feed ``monitor_stats``: what is useful for alarms, in numbers.
+"""The feed ``monitor_stats``: the figures that alerts need, as numbers.
 
-Recorded, but not by the aggregator. No name on it contains ``_meta``, by which readers tell a stream's metadata.
+It is recorded, but not by the aggregator. No name on it contains ``_meta``, by which readers recognise metadata.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ FEED = "monitor_stats"
 # Seconds between two messages.
 INTERVAL_S = 10.0
 
-# From a field of the block to its place in the session data; a place that is a dict counts by the sum of its values.
+_FILES = ("received", "registered", "pending", "waiting", "settling", "dead", "discarded")
+
+# Fields of the block, and their places in the session data. A place with counts by reason is published as their sum.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "datagrams": ("datagrams", "total"),
     "bytes": ("datagrams", "bytes"),
@@ -28,13 +30,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "rebinds": ("socket", "rebinds"),
     "listening": ("socket", "listening"),
     "receive_buffer": ("socket", "buffer"),
-    "files_received": ("files", "received"),
-    "files_registered": ("files", "registered"),
-    "files_pending": ("files", "pending"),
-    "files_waiting": ("files", "waiting"),
-    "files_settling": ("files", "settling"),
-    "files_dead": ("files", "dead"),
-    "files_discarded": ("files", "discarded"),
+    **{f"files_{count}": ("files", count) for count in _FILES},
     "queue_depth": ("queue", "depth"),
     "queue_oldest": ("queue", "oldest"),
     "database_write": ("database", "write"),
@@ -45,7 +41,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "degraded": ("degraded",),
 }
 
-# Streams that ever get a block; half of them may be streams that have brought no file.
+# Number of streams that get a block. Streams without a file get at most half of them.
 MAX_STREAMS = 100
 
 
@@ -58,21 +54,19 @@ def _number(data: Mapping[str, Any], place: tuple[str, ...]) -> int | float:
     value: Any = data
     for key in place:
         value = value[key]
-    if place == ("degraded",):
-        return int(bool(value))
     if isinstance(value, dict):
-        return sum(value.values())
+        return int(bool(value)) if place == ("degraded",) else sum(value.values())
     return int(value) if isinstance(value, bool) else value
 
 
 class StatsFeed:
-    """Publishes on the feed. For the reactor's thread.
+    """Publishes the feed, in the reactor's thread.
 
     Args:
         agent: The OCSAgent.
-        data: Gives the session data.
-        files: Gives the number of files registered since the start, by stream.
-        clock: Gives unix time.
+        data: Returns the session data.
+        files: Returns the number of files registered since the start, by stream.
+        clock: Returns unix time.
     """
 
     def __init__(
@@ -87,13 +81,13 @@ class StatsFeed:
         self._files = files
         self._clock = clock
         self._streams: dict[str, str] = {}  # field to stream
-        # OCS would publish each block by itself: what is below flushes them together
+        # with a shorter buffer time, OCS would publish each block by itself; `publish` flushes them together
         self._feed = agent.register_feed(
             FEED, record=True, agg_params={"exclude_aggregator": True}, buffer_time=2 * INTERVAL_S
         )
 
     def publish(self) -> None:
-        """Publish the figures of now; without a router there is nobody to read them."""
+        """Publish the present figures, unless the router is away."""
         if not self._agent.realm_joined:
             return
         self._add(FEED, numbers(self._data()))
@@ -109,7 +103,7 @@ class StatsFeed:
         self._agent.publish_to_feed(FEED, message, from_reactor=True)
 
     def _field(self, stream: str, files: int) -> str | None:
-        """Return the field of a stream; None for one whose name is another's or no name, or of which there are many."""
+        """Return the field of a stream; None if its name is invalid or taken, or if there are too many streams."""
         field: str = Feed.enforce_field_name_rules(f"registered_{stream}")
         if "_meta" in field or field == "registered_":
             return None

@@ -1,1 +1,1 @@
-"""Counters, conditions and the log: what the agent reports about itself."""
+"""Counters, conditions and the log: what the agent reports about its own health."""

@@ -1,15 +1,17 @@
-"""What goes on, in figures: what each stream brings, and how long the database takes. Bounded, whatever senders do."""
+"""Activity per stream, and how long database commits take. The memory used is bounded, whatever senders write."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from socs_monitor.wire.messages import brief, stream_of
+from socs_monitor.wire.messages import stream_of
+from socs_monitor.wire.text import sanitize
 
-# Streams told apart; where there are more, those without files give way, and the longest silent ones first.
+# Number of streams kept. When there are more, a stream without files is dropped first, then the longest silent one.
 MAX_STREAMS = 50
 
 # Characters of a stream's name.
@@ -17,32 +19,26 @@ MAX_NAME = 40
 
 _DAY_S = 86_400
 
-# Seconds over which the longest write is told.
+# Seconds for which the longest commit is reported.
 _WINDOW_S = 60
 
 
+@dataclasses.dataclass(slots=True)
 class _Stream:
-    __slots__ = ("day", "files", "files_today", "heard", "last_file", "last_metadata")
-
-    def __init__(self) -> None:
-        self.files = 0
-        self.day = 0
-        self.files_today = 0
-        self.last_file: float | None = None
-        self.last_metadata: float | None = None
-        self.heard = 0.0  # CLOCK_MONOTONIC
-
-    @property
-    def worth(self) -> tuple[bool, float]:
-        return self.files > 0, self.heard
+    files: int = 0
+    day: int = 0
+    files_today: int = 0
+    last_file: float | None = None
+    last_metadata: float | None = None
+    heard: float = 0.0  # CLOCK_MONOTONIC
 
 
 class StreamActivity:
-    """Files and metadata of each stream. Safe to use from several threads.
+    """Files and metadata of each stream. Safe to use from any thread.
 
     Args:
-        clock: Gives unix time.
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
+        clock: Returns unix time.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
     """
 
     def __init__(self, clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
@@ -52,12 +48,12 @@ class StreamActivity:
         self._streams: dict[str, _Stream] = {}
 
     def registered(self, publishers: Iterable[str]) -> None:
-        """Count a registered file for each of these publisher ids."""
+        """Count one registered file for each of these publisher ids."""
         now = self._clock()
         today = int(now // _DAY_S)
         with self._lock:
             for publisher, files in Counter(publishers).items():
-                stream = self._of(stream_of(publisher))
+                stream = self._stream(stream_of(publisher))
                 if stream.day != today:
                     stream.day, stream.files_today = today, 0
                 stream.files_today += files
@@ -65,26 +61,30 @@ class StreamActivity:
                 stream.last_file = now
 
     def metadata(self, stream_id: str) -> None:
-        """Note that a register's value came of a stream."""
+        """Note that a stream sent the value of a register."""
         with self._lock:
-            self._of(stream_id).last_metadata = self._clock()
+            self._stream(stream_id).last_metadata = self._clock()
 
-    def _of(self, stream_id: str) -> _Stream:
-        name = stream_id if len(stream_id) <= MAX_NAME else brief(stream_id, MAX_NAME)
+    def _stream(self, stream_id: str) -> _Stream:
+        name = sanitize(stream_id, MAX_NAME)
         stream = self._streams.get(name)
         if stream is None:
             if len(self._streams) >= MAX_STREAMS:
-                del self._streams[min(self._streams, key=lambda known: self._streams[known].worth)]
+                del self._streams[min(self._streams, key=self._priority)]
             stream = self._streams[name] = _Stream()
         stream.heard = self._monotonic()
         return stream
 
+    def _priority(self, name: str) -> tuple[bool, float]:
+        stream = self._streams[name]
+        return stream.files > 0, stream.heard
+
     def data(self) -> dict[str, dict[str, Any]]:
-        """Files of this day (UTC, and since the agent started) and the unix times of what came last, by stream."""
+        """Return ``streams`` of the session data. A day is a UTC day; files count from the start of the agent."""
         today = int(self._clock() // _DAY_S)
         with self._lock:
             return {
-                brief(name, MAX_NAME): {
+                name: {
                     "files_today": stream.files_today if stream.day == today else 0,
                     "last_file": stream.last_file,
                     "last_metadata": stream.last_metadata,
@@ -93,48 +93,45 @@ class StreamActivity:
             }
 
     def files(self) -> dict[str, int]:
-        """Number of files registered since the agent started, by stream."""
+        """Return the number of files registered since the start of the agent, by stream."""
         with self._lock:
             return {name: stream.files for name, stream in self._streams.items()}
 
 
 class WriteTimes:
-    """How long the database's commits take.
+    """How long database commits take.
 
     Args:
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
 
     Attributes:
         errors (int): How often the database could not be used.
-        corrected (int): Number of corrections of rows that SupRsync could not finish.
-        row_without_file (int): Number of rows that wait for a copy of a file that is gone, a minute ago at most.
+        corrected (int): Number of rows corrected because SupRsync could not finish them.
+        row_without_file (int): Number of rows waiting for a copy of a missing file, updated every minute.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
+        self._last = 0.0
+        self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # second, and its longest commit
+        self.errors = 0
         self.corrected = 0
         self.row_without_file = 0
-        self._longest: deque[tuple[int, float]] = deque(maxlen=_WINDOW_S)  # by second
-        self._last = 0.0
-        self.errors = 0
 
     def wrote(self, seconds: float) -> None:
-        """Note that a commit took so long."""
+        """Note the duration of a commit."""
+        self._last = longest = seconds
         second = int(self._monotonic())
         if self._longest and self._longest[-1][0] == second:
-            seconds_before = self._longest.pop()[1]
-            self._longest.append((second, max(seconds, seconds_before)))
-        else:
-            self._longest.append((second, seconds))
-        self._last = seconds
+            longest = max(seconds, self._longest.pop()[1])
+        self._longest.append((second, longest))
 
     def data(self) -> dict[str, float]:
-        """Return the seconds of the last commit and of the longest within the last minute, and the counters."""
+        """Return ``database`` of the session data: seconds of the last and the longest recent commit, and counters."""
         since = self._monotonic() - _WINDOW_S
-        recent = [seconds for second, seconds in self._longest.copy() if second >= since]
         return {
             "write": self._last,
-            "write_max": max(recent, default=0.0),
+            "write_max": max((longest for second, longest in self._longest.copy() if second >= since), default=0.0),
             "errors": self.errors,
             "corrected": self.corrected,
             "row_without_file": self.row_without_file,

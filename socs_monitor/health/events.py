@@ -1,8 +1,7 @@
-"""What the agent's log says: one line an event, for a person first and after ``|`` for a machine.
+"""The events in the log, and the format of a line: ``text | event=NAME key=value ...``.
 
-A line reads ``text | event=NAME key=value ...``; the keys are logfmt, which Loki takes as it is. `EVENTS` names all
-there are. The level tells what a line is for: ``error`` where files do not get through or a person is needed, ``warn``
-what is to be looked at tomorrow, ``info`` what is as it should be.
+The text is for people; the keys are logfmt, which Loki parses. Levels: ``error`` means that files are not being
+registered or somebody has to act, ``warn`` that somebody should look within a day, ``info`` that all is well.
 """
 
 from __future__ import annotations
@@ -11,39 +10,41 @@ import json
 import re
 from collections.abc import Mapping
 
+from socs_monitor.wire.text import shorten
+
 EVENTS: Mapping[str, str] = {
-    "registered": "Rows were committed: files is how many in a second, path the last one's. Each by itself at debug.",
-    "waiting": "A file is not there yet, or cannot be read; it is looked for again.",
-    "changed": "A file changed after it was registered; it is hashed and registered again.",
-    "corrected": "A row that SupRsync could not finish was given the present content of its file.",
-    "row_without_file": "Rows wait for a copy of a file that is gone: SupRsync can never finish them.",
-    "file_missing": "A file was missing or unreadable for too long: its registration is a dead letter.",
-    "refused": "A registration can never become a row: it is a dead letter.",
-    "dead_letters": "Dead letters were tried again or discarded by a person, or dropped since there are too many.",
+    "registered": "Rows were committed: their count within a second, and the last path. At debug, one line per file.",
+    "waiting": "A file is missing or cannot be read. It will be looked up again.",
+    "changed": "A file changed after it was registered. It is hashed and registered again.",
+    "corrected": "SupRsync could not finish a row, so the row was given the present content of its file.",
+    "row_without_file": "Rows wait for a copy of a missing file. SupRsync can never finish them.",
+    "file_missing": "A file was missing or unreadable for too long. Its registration became a dead letter.",
+    "refused": "A registration can never become a row. It became a dead letter.",
+    "dead_letters": "Dead letters were retried or discarded by an operator, or discarded because there were too many.",
     "backfill": "A backfill ended.",
-    "degraded": "A condition began under which files do not get through; condition is its key in the session data.",
-    "recovered": "Such a condition ended.",
-    "messages_lost": "Messages of a sender were lost on their way.",
-    "kernel_drops": "The kernel dropped datagrams, since they came faster than they were read.",
-    "socket": "The UDP port failed, or the kernel grants it less of a buffer than was asked for.",
-    "dropped": "Datagrams were no messages, or of senders that are not allowed.",
-    "not_published": "A message for a feed was not taken by OCS.",
-    "field": "A register got another field name than its own, its type widened, or values of another type are dropped.",
-    "database": "Something unusual was done to the database: an index made, a replaced file opened anew.",
+    "degraded": "A condition began; files are not being registered. condition is its key in the session data.",
+    "recovered": "A condition ended.",
+    "messages_lost": "Messages from a sender did not arrive.",
+    "kernel_drops": "The kernel dropped datagrams because they arrived faster than they were read.",
+    "socket": "The UDP port failed, or the kernel granted a smaller receive buffer than requested.",
+    "dropped": "Datagrams were malformed, or came from senders that are not allowed.",
+    "not_published": "OCS did not accept messages for a feed.",
+    "field": "A register was published under another field name, its type changed, or values were dropped.",
+    "database": "A database index was created, or a replaced database file was opened again.",
     "spool": "The spool could not be read and was set aside.",
-    "log_dropped": "Lines of the log were dropped, because the program that reads it had stopped reading.",
-    "registrations_lost": "The agent stopped while the spool could not be written: the paths it names are lost.",
-    "configuration": "An option is missing that a site should set.",
-    "internal_error": "An error that nobody thought of; to be reported, with its traceback.",
+    "log_dropped": "Log lines were dropped because the program that reads them had stopped reading.",
+    "registrations_lost": "The agent stopped while the spool could not be written. The named registrations are lost.",
+    "configuration": "An option that a site should set is missing.",
+    "internal_error": "An unexpected error. Please report it, with its traceback.",
 }
 
-# Events that senders can bring about at will: counted and logged, but not kept among the last problems.
+# Events that any sender can cause at will: counted and logged, but not kept among the last problems.
 AT_WILL = frozenset({"refused", "dropped", "not_published", "field"})
 
-# What can stand in logfmt without quotes.
-_PLAIN = re.compile(r"[^\s\"=\\]+")
+# Values that logfmt accepts without quotes.
+_UNQUOTED = re.compile(r"[^\s\"=\\]+")
 
-# Characters of a value, and of a traceback, which is of our own making; of a longer one the middle is left out.
+# Characters of a value. Tracebacks, which no sender writes, may be longer.
 _MAX_VALUE = 400
 _MAX_TRACEBACK = 8000
 
@@ -57,10 +58,7 @@ def line(event: str, text: str, keys: Mapping[str, object]) -> str:
 def _value(key: str, value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value)
-    most = _MAX_TRACEBACK if key == "traceback" else _MAX_VALUE
-    if len(text) > most:
-        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
-    if not text.isprintable():
-        return json.dumps(text)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    text = shorten(str(value), _MAX_TRACEBACK if key == "traceback" else _MAX_VALUE)
+    if text.isprintable() and _UNQUOTED.fullmatch(text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,4 +1,4 @@
-"""The agent's health: counters, conditions and log together, as the other packages use them."""
+"""The agent's health: its counters, conditions and log, as the other packages use them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from socs_monitor.health.activity import StreamActivity, WriteTimes
 from socs_monitor.health.conditions import Conditions
 from socs_monitor.health.counters import Counters
-from socs_monitor.health.log import Log, bounded
+from socs_monitor.health.log import MAX_TEXT, Log
+from socs_monitor.wire.text import plural, sanitize
 
-# Seconds between two lines about registered files: a line per batch would be a tenth of the cost of a file.
+# Seconds between two lines about registered files. A line per batch would add 10 % to the cost of a file.
 REGISTERED_S = 1.0
 
 
@@ -25,7 +27,7 @@ class Health:
     Attributes:
         counters (Counters): What arrived and what became of it.
         conditions (Conditions): Why the agent is degraded.
-        log (Log): The log.
+        log (Log): The rate-limited log.
     """
 
     def __init__(
@@ -35,48 +37,45 @@ class Health:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self.counters = Counters(clock, monotonic)
+        self.counters = Counters(StreamActivity(clock, monotonic), WriteTimes(monotonic))
         self.log = Log(write, clock, monotonic)
         self.conditions = Conditions(self.log, monotonic)
 
     def count_registered(self, files: int, publishers: Iterable[str], path: str) -> None:
-        """Count and log a batch whose rows were committed.
+        """Count and log a committed batch.
 
         Args:
             files: Number of registrations.
-            publishers: Who announced the files, one for each file that is new or changed.
+            publishers: Publisher id of each file that is new or changed.
             path: The last file.
         """
-        self.counters.count_registered(publishers, path)
-        self.log.log_throttled(
-            "info",
-            "registered",
-            lambda count: f"registered {count} file{'' if count == 1 else 's'}",
-            count=files,
-            interval=REGISTERED_S,
-            path=path,
-        )
+        self.counters.last = (path, self._clock())
+        self.counters.streams.registered(publishers)
+
+        def text(count: int) -> str:
+            return f"Registered {plural(count, 'file')}"
+
+        self.log.log_throttled("info", "registered", text, count=files, interval=REGISTERED_S, path=path)
 
     def count_malformed(self, reason: str, sender: str) -> None:
-        """Count and log a datagram of a host that is not a message."""
+        """Count and log a datagram that is not a message, or comes from a sender that is not allowed."""
         self.counters.malformed[reason] += 1
-        self.log.log_throttled(
-            "warn",
-            "dropped",
-            lambda count: f"dropped {count} datagram{'' if count == 1 else 's'}",
-            labels=(reason, sender),
-            sender=sender,
-        )
+
+        def text(count: int) -> str:
+            return f"Dropped {plural(count, 'datagram')}"
+
+        self.log.log_throttled("warn", "dropped", text, labels=(reason, sender), sender=sender)
 
     def tick(self) -> None:
-        """Write the log lines that are due, and end the conditions whose time is over. Called every second."""
+        """Write the log lines that are due and end expired conditions. Called every second."""
         self.log.flush()
         self.conditions.expire()
 
     def data(self, counts: Mapping[str, int]) -> dict[str, Any]:
-        """Return this part of ``session.data``; `counts` are the spool's, of one moment."""
+        """Return this part of ``session.data``. `counts` are the spool's counts at one moment."""
         counters = self.counters
-        settling = counts["registered"]  # registered, and still in the spool
+        last_path, last_time = counters.last
+        settling = counts["registered"]  # registered, and waiting for their re-check
         return {
             "timestamp": self._clock(),
             "degraded": self.conditions.reasons(),
@@ -96,8 +95,8 @@ class Health:
                 "dead": counts["dead"],
                 "discarded": counts["discarded"],
                 "settling": settling,
-                "last": bounded(counters.last_file),
-                "last_time": counters.last_time,
+                "last": sanitize(last_path, MAX_TEXT),
+                "last_time": last_time,
             },
             "database": counters.writes.data(),
             "streams": counters.streams.data(),

@@ -1,8 +1,7 @@
-"""A rate-limited log of events, so that no sender can fill it, and the last problems for ``session.data``."""
+"""A rate-limited log of events, and the last problems for ``session.data``. No sender can fill it."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter, deque
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from socs_monitor.health import events
-from socs_monitor.wire.messages import brief
+from socs_monitor.wire.text import sanitize
 
 # A text, or a function that returns it for a number of occurrences.
 Text: TypeAlias = str | Callable[[int], str]
@@ -22,17 +21,17 @@ MAX_PROBLEMS = 20
 # Seconds between two lines of one event, unless the caller chooses another interval.
 THROTTLE_S = 60.0
 
-# Largest number of labels (reasons and senders) counted for one line, and of those it shows.
+# Number of labels (reasons and senders) counted for one line, and number of labels shown.
 _MAX_LABELS = 1000
 _SHOWN_LABELS = 5
 
-# Largest size of a text in ``session.data``, as bytes of JSON.
-_MAX_TEXT = 1200
+# Characters of a text in ``session.data``.
+MAX_TEXT = 500
 
 
 @dataclass
 class _Throttle:
-    """One event: when its last line was written, and what was held back since."""
+    """One event: when its last line was written, and what has been held back since."""
 
     interval: float
     last: float  # CLOCK_MONOTONIC
@@ -73,7 +72,7 @@ class Log:
     def log(self, level: str, event: str, text: str, **keys: object) -> None:
         """Write a line about an event (one of `events.EVENTS`)."""
         if level != "info" and event not in events.AT_WILL:
-            self._problems.append({"time": self._clock(), "text": bounded(text)})
+            self._problems.append({"time": self._clock(), "text": sanitize(text, MAX_TEXT)})
         self._write(level, events.line(event, text, keys))
 
     def reporter(self, level: str, event: str) -> Callable[[str], None]:
@@ -99,38 +98,38 @@ class Log:
             text: The text of this occurrence, or a function that returns it for a number of occurrences.
             count: Number of occurrences.
             interval: Seconds between two lines.
-            labels: Reasons and senders; the line tells how often the most frequent ones occurred.
-            keys: Keys of this occurrence. A line for several has those of the last one.
+            labels: Reasons and senders. The line shows how often the most frequent ones occurred.
+            keys: Keys of this occurrence. A line for several has the keys of the last one.
         """
         with self._lock:
             throttle = self._throttles.get(event)
             if throttle is None:
                 throttle = self._throttles[event] = _Throttle(interval, -interval)
+            is_first = not throttle.held
             throttle.held += count
             throttle.level, throttle.text, throttle.keys = level, text, keys
             for label in labels:
                 if label in throttle.labels or len(throttle.labels) < _MAX_LABELS:
                     throttle.labels[label] += 1
-            is_first = throttle.held == count
         if self._monotonic() - throttle.last >= interval:
             self._flush(event, throttle, is_first)
 
     def flush(self, *, everything: bool = False) -> None:
-        """Write the lines whose interval is over; with `everything` also the others, as at a stop."""
+        """Write the lines whose interval is over. With `everything`, as at a stop, write the others, too."""
         now = self._monotonic()
         for event, throttle in list(self._throttles.items()):
-            if throttle.held and (everything or now - throttle.last >= throttle.interval):
+            if everything or now - throttle.last >= throttle.interval:
                 self._flush(event, throttle)
 
     def _flush(self, event: str, throttle: _Throttle, is_first: bool = False) -> None:
         with self._lock:
             count, throttle.held = throttle.held, 0
+            if not count:
+                return
             level, text, keys = throttle.level, throttle.text, throttle.keys
             labels = throttle.labels.most_common(_SHOWN_LABELS)
             throttle.labels.clear()
             throttle.last = self._monotonic()
-        if not count:
-            return
         if callable(text):
             text = text(count)
             keys = {"count": count, **keys}
@@ -140,10 +139,3 @@ class Log:
         if labels:
             text += f" ({', '.join(f'{label}: {number}' for label, number in labels)})"
         self.log(level, event, text, **keys)
-
-
-def bounded(text: str) -> str:
-    """Shorten a text that senders may have written to at most 1,200 bytes of JSON."""
-    if len(text) < _MAX_TEXT // 12 or len(json.dumps(text)) <= _MAX_TEXT:  # a character takes at most 12
-        return text
-    return brief(text, _MAX_TEXT // (2 if text.isascii() else 12))

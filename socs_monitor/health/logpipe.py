@@ -1,7 +1,7 @@
 """A log on a descriptor whose reader may stop reading: lines wait in memory, or are dropped and counted.
 
-A write to a full pipe blocks. On the reactor's thread that would stop the whole agent, so a thread of its own does it.
-(O_NONBLOCK is no way out: it holds for all processes that share the pipe.)
+A write to a full pipe blocks, which on the reactor's thread would stop the whole agent. So a thread of its own writes.
+(O_NONBLOCK does not help: it would apply to every process that shares the pipe.)
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import select
 import threading
 from collections import deque
 
-# Bytes that may wait for the reader, and one line.
+# Bytes that may wait for the reader, in addition to one line.
 MAX_BYTES = 1 << 20
 
-# Seconds that the end of the process waits for the reader.
+# Seconds for which the end of the process waits for the reader.
 CLOSE_S = 1.0
 
 
 class LogPipe:
-    """A file object for lines of a log, written to `descriptor` by a daemon thread. Safe to use from any thread.
+    """A file object for log lines, written to `descriptor` by a daemon thread. Safe to use from any thread.
 
     Args:
-        descriptor: File descriptor, e.g. of the standard output.
+        descriptor: File descriptor, e.g. of standard output.
 
     Attributes:
-        mode (str): That of a text file, which txaio asks for.
-        dropped (int): Number of lines that were dropped.
+        mode (str): Mode of a text file, as txaio expects.
+        dropped (int): Number of dropped lines.
     """
 
     mode = "w"
@@ -35,12 +35,12 @@ class LogPipe:
         self.dropped = 0
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
-        self._bytes = 0  # of the lines that wait or are being written
-        self._changed = threading.Condition()  # re-entrant, since a signal handler may log, too
+        self._bytes = 0  # of lines that are waiting or being written
+        self._changed = threading.Condition()  # re-entrant, because a signal handler may log, too
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
 
     def write(self, line: str) -> None:
-        """Write a line, or drop it if too many bytes wait. Never blocks."""
+        """Write a line, or drop it if too many bytes are waiting. Never blocks."""
         data = line.encode(errors="backslashreplace")
         with self._changed:
             if self._bytes >= MAX_BYTES:
@@ -52,7 +52,7 @@ class LogPipe:
 
     @property
     def stuck(self) -> bool:
-        """Whether many bytes wait, so that the next lines may be dropped."""
+        """Whether so many bytes are waiting that lines may soon be dropped."""
         return self._bytes > MAX_BYTES // 2
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class LogPipe:
                 self._changed.notify_all()
 
     def _write_all(self, data: bytes) -> bool:
-        """Write bytes, however long it takes; return whether the descriptor took them."""
+        """Write bytes, however long it takes. Return whether the descriptor accepted them."""
         rest = memoryview(data)
         while rest:
             try:

@@ -1,20 +1,26 @@
-"""Which file a registration means, and how long to go on looking for it. Pure but for the options."""
+"""Which files a registration may mean, and the schedule of retries and re-checks.
+
+Pure. Every delay doubles up to a maximum, so that no number of attempts makes the registrar busy.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from socs_monitor.spool.store import Due, Registration
+from socs_monitor.registration.work import Failed
+from socs_monitor.spool.records import Record, Registration
+from socs_monitor.spool.states import State
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 
-# A file that is missing is looked for after RETRY_FIRST_S, then after twice as long each time, up to RETRY_MAX_S.
+# Seconds before the first and, after doublings, between the last attempts to read a missing file.
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 60.0
 
-# The file of a row is checked again after `Policy.settle_after`, then after twice as long each time that it changed, up
-# to this (seconds).
+# Longest delay of a re-check (seconds), unless `Policy.settle_after` is longer.
 RECHECK_MAX_S = 60.0
 
 # Doublings after which every delay has reached its maximum.
@@ -23,14 +29,15 @@ _DOUBLINGS = 20
 
 @dataclass(frozen=True)
 class Policy:
-    """How files are treated.
+    """The options that decide which files are read, by how many threads, and how long a missing file is waited for.
 
     Attributes:
-        data_roots: Absolute folders; a file outside of all of them is refused. Empty: any file is taken.
-        own: Resolved paths of the database and the spool, which no registration may name.
-        hash_workers: Number of large files hashed at a time.
-        settle_after: Seconds from the row's commit to the second look at the file.
-        give_up_after: Seconds for which a missing or unreadable file is looked for.
+        data_roots: Absolute folders (``--data-root``). A file outside of all of them is refused. If empty, any file
+            is accepted.
+        own: Resolved paths of the SupRsync database and the spool. No registration may name them.
+        hash_workers: Number of large files hashed at the same time (``--hash-workers``).
+        settle_after: Seconds from the commit of a row to the re-check of its file.
+        give_up_after: Seconds after which a missing or unreadable file becomes a dead letter (``--give-up-after``).
     """
 
     data_roots: tuple[str, ...] = ()
@@ -41,56 +48,45 @@ class Policy:
 
 
 def entries(registration: Registration) -> list[Entry]:
-    """Return the entries that a registration may mean; none if it can never become a row."""
+    """Return the entries that a registration may mean. The list is empty if it can never become a row."""
     try:
         return list(archive.candidates(registration))
     except ArchiveError:
         return []
 
 
-def entry_at(registration: Registration, local_path: str) -> Entry:
-    """Return the entry of a registration whose file was found at `local_path`.
-
-    Raises:
-        archive.ArchiveError: If there is none.
-    """
-    for entry in archive.candidates(registration):
-        if entry.local_path == local_path:
-            return entry
-    raise ArchiveError(f"the registration does not mean {local_path!r}")
-
-
-def parse(row: Due) -> Registration:
-    """Return a registration as the spool has it.
-
-    Raises:
-        messages.MessageError: If this version cannot parse it.
-    """
-    meta = messages.parse_file(row.message or "").meta
-    return Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds)
+def parse(rows: Iterable[Record], failed: list[Failed]) -> list[Registration]:
+    """Return registrations that were loaded from the spool. Those that this version cannot parse go to `failed`."""
+    registrations: list[Registration] = []
+    for row in rows:
+        try:
+            meta = messages.parse_file(row.message or "").meta
+        except Exception as error:  # noqa: BLE001 (whatever the spool holds, it must not stop the others)
+            unknown = Registration({"path": row.message, "pub_id": ""}, row.id, row.received, row.sender)
+            origin = State.REGISTERED if row.state == State.REGISTERED else State.PENDING
+            failed.append(Failed(unknown, sanitize(f"it cannot be parsed: {error}"), refused=True, origin=origin))
+        else:
+            registrations.append(Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds))
+    return registrations
 
 
 def retry_delay(attempts: int) -> float:
-    """Return the seconds until the next attempt, after `attempts` failed ones before this."""
+    """Return the seconds until the next attempt, when `attempts` had failed before the present failure."""
     return min(RETRY_FIRST_S * 2.0 ** min(attempts, _DOUBLINGS), RETRY_MAX_S)
 
 
 def is_given_up(attempts: int, give_up_after: float) -> bool:
-    """Whether a file that failed once more, after `attempts` failed attempts, was looked for long enough (seconds)."""
-    looked_for = 0.0
-    for attempt in range(min(attempts, _DOUBLINGS)):
-        looked_for += retry_delay(attempt)
-    return looked_for + max(0, attempts - _DOUBLINGS) * RETRY_MAX_S >= give_up_after
+    """Return whether the delays after `attempts` failed attempts add up to at least `give_up_after` seconds."""
+    waited = sum(retry_delay(attempt) for attempt in range(min(attempts, _DOUBLINGS)))
+    return waited + max(0, attempts - _DOUBLINGS) * RETRY_MAX_S >= give_up_after
 
 
 def recheck_delay(rounds: int, settle_after: float) -> float:
-    """Return the seconds until a registered file is checked again; `rounds` as of its `Registration`."""
+    """Return the seconds until a registered file is checked again.
+
+    Args:
+        rounds: The `rounds` of its `Registration`: the delay doubles with each change of the file.
+        settle_after: The first delay, in seconds.
+    """
     changes = max(0, rounds - 1)
     return min(settle_after * 2.0 ** min(changes, _DOUBLINGS), max(settle_after, RECHECK_MAX_S))
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as a person reads it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

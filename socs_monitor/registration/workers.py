@@ -1,19 +1,18 @@
-"""All file operations, done by threads that can be abandoned.
+"""Threads that do all file operations, and can be abandoned.
 
-The quick worker takes batches of tasks: it looks files up, hashes small ones and checks registered ones again. Larger
-ones are hashed by the other workers, slice by slice: a free worker takes the file of which least was read, so that no
-file, however large, makes another one wait. Registrations of the same path share one reading.
+The quick worker takes batches of tasks: it looks files up, hashes small ones, and re-checks registered ones. The other
+workers hash large files slice by slice, the least-read file first, so that no file delays a smaller one. All
+registrations of a path share one reading.
 
-A thread in a system call cannot be ended. So a worker that makes no progress for `STALL_S` is relieved: another one
-takes its place and the rest of its tasks, and its folder is suspended (`parking`): the files there fail at once until
-it comes back. After `HANG_S` it is abandoned, too: its task fails with the reason "reading the file hangs", and its
-folder is parked until the worker or a probe comes back.
+A thread in a system call cannot be interrupted. A worker that makes no progress for `STALL_S` is relieved: another one
+takes its place and the rest of its batch, and the folder of the file in hand is suspended (`parking`). After `HANG_S`
+the worker is abandoned: the task in hand fails, and the folder stays parked until the worker or a probe returns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import heapq
 import itertools
 import os
 import queue
@@ -21,184 +20,95 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from socs_monitor.registration.checksum import (
-    SLICE,
-    Access,
-    Checksum,
-    FileRefusedError,
-    Reading,
-    checksum,
-    present_fingerprint,
-)
+from socs_monitor.registration.checksum import SLICE, Access, Reading, checksum, present_fingerprint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.parking import Parking
-from socs_monitor.spool.store import Registration
+from socs_monitor.registration.parking import HungError, Parking
+from socs_monitor.registration.work import (
+    Deliver,
+    Failed,
+    Hashed,
+    HashedLarge,
+    HashResult,
+    Recheck,
+    Rechecked,
+    Result,
+    Task,
+    fail,
+    fail_large,
+    ids_of,
+    path_of,
+)
+from socs_monitor.spool.records import Registration
+from socs_monitor.spool.states import Event
 from socs_monitor.suprsync import archive
-from socs_monitor.suprsync.archive import ArchiveError
 from socs_monitor.suprsync.upsert import HashedFile
-from socs_monitor.wire.messages import brief
 
-# Files up to this size (bytes) are hashed by the quick worker, in turn.
+# Largest file (bytes) that the quick worker hashes.
 SMALL = 128 * 1024
 
-# Seconds without progress after which a worker is relieved, and after which it is abandoned: a healthy disk reads a
-# chunk in milliseconds.
+# Seconds without progress after which a worker is relieved, and after which it is abandoned. A healthy disk reads a
+# chunk within milliseconds.
 STALL_S = 0.5
 HANG_S = 10.0
 
-# Tasks handed to the quick worker that are not done yet, at most.
+# Largest number of tasks that the quick worker holds, and of registrations that `Workers.take` returns at a time.
 MAX_TASKS = 1000
 
-HANGS = "reading the file hangs"
-
-
-class Hashed(NamedTuple):
-    """A registration whose file was found and hashed; `fingerprint` is from before it was read."""
-
-    registration: Registration
-    file: HashedFile
-    fingerprint: int
-
-
-class HashedLarge(NamedTuple):
-    """A large file that was hashed for all registrations `ids` that meant it."""
-
-    ids: list[int]
-    path: str
-    md5: str
-    fingerprint: int
-
-
-class Failed(NamedTuple):
-    """A registration whose file could not be hashed.
-
-    Attributes:
-        registration: The registration.
-        reason: Why, for a person.
-        refused: Whether it never can be.
-        withdraw: Whether that is because of what its path leads to now, so that a row of it must go.
-    """
-
-    registration: Registration
-    reason: str
-    refused: bool = False
-    withdraw: bool = False
-
-
-class FailedLarge(NamedTuple):
-    """As `Failed`, of all registrations `ids` that meant a large file; with `missing` there is none."""
-
-    ids: list[int]
-    reason: str
-    refused: bool = False
-    missing: bool = False
-
-
-class Recheck(NamedTuple):
-    """The task to check a registered file again.
-
-    Attributes:
-        id: The registration.
-        path: The file.
-        fingerprint: From when it was hashed.
-        before: Earlier registrations of its path, which this one takes care of.
-    """
-
-    id: int
-    path: str
-    fingerprint: int
-    before: tuple[int, ...] = ()
-
-
-class Rechecked(NamedTuple):
-    """What a re-check found, unless the file is unchanged: then the result is the task itself.
-
-    With neither `refusal` nor `error`, the file changed, or is `missing`.
-    """
-
-    id: int
-    missing: bool = False
-    refusal: str | None = None
-    error: str | None = None
-
-
-class Verify(NamedTuple):
-    """The task to make sure that a file is still what was hashed; otherwise it has `Failed`."""
-
-    hashed: Hashed
-
-
-class Hash(NamedTuple):
-    """The task to hash a path for whoever gets `deliver` called; its failure has the ids of nobody."""
-
-    path: str
-    deliver: Callable[[HashedLarge | FailedLarge], None]
-
+# Seconds between two checks whether a hash is still wanted.
+_CHECK_WANTED_S = 0.2
 
 Spawn: TypeAlias = Callable[[Callable[[], None], str], None]
-Task: TypeAlias = Registration | Recheck | Verify | Hash
-Result: TypeAlias = Hashed | HashedLarge | Failed | FailedLarge | Recheck | Rechecked
 
 
 def start_thread(work: Callable[[], None], name: str) -> None:
-    """Start a daemon thread: one that hangs must not keep the process from ending."""
+    """Start a daemon thread, which does not keep the process alive when it hangs."""
     threading.Thread(target=work, name=name, daemon=True).start()
 
 
 class _Batch:
-    """Tasks for the quick worker. `results` has one entry, perhaps None, for each task that is done."""
+    """Tasks for the quick worker, of which the first `done` are done."""
 
     def __init__(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None]) -> None:
         self.tasks = tasks
         self.deliver = deliver
-        self.results: list[Result | None] = []
-
-
-class _Shared:
-    """A large file, and who wants its sum."""
-
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
-        self.ids: list[int] = []
-        self.deliver: list[Callable[[HashedLarge | FailedLarge], None]] = []
+        self.done = 0
+        self.results: list[Result] = []
 
 
 class _Worker:
-    """A thread's work in progress. `progress` grows with each task or chunk."""
+    """A thread, and the batch or the large file that it has in hand."""
 
     def __init__(self) -> None:
-        self.progress = 0
-        self.relieved = False  # another one works in its place
-        self.abandoned = False  # its task has been answered for
-        self.folder = ""  # that is left alone since it was relieved
         self.batch: _Batch | None = None
-        self.shared: _Shared | None = None
+        self.reading: Reading | None = None
+        self.progress = 0  # counts tasks and chunks
         self.seen = (-1, 0.0)  # the progress at the latest look, and when it was first seen
+        self.relieved = False  # another worker has taken its place
+        self.abandoned = False  # its task has failed, whatever it returns
+        self.folder = ""  # suspended or parked because of it
 
     @property
     def path(self) -> str | None:
-        """The path of the task in hand."""
-        if self.shared is not None:
-            return self.shared.reading.path
+        """The file in hand."""
+        if self.reading is not None:
+            return self.reading.path
         batch = self.batch
-        if batch is None or len(batch.results) >= len(batch.tasks):
-            return None
-        return _path_of(batch.tasks[len(batch.results)])
+        return path_of(batch.tasks[batch.done]) if batch is not None and batch.done < len(batch.tasks) else None
 
 
 class Workers:
-    """The threads and their results. All but the threads is for one thread.
+    """The threads, the tasks that wait for them, and their results. For one thread, except `hash`.
 
     Args:
-        policy: How files are treated.
-        parking: The folders whose disk hangs.
-        wake: Called, by a thread, when there are results.
+        policy: Which files may be opened, and how many threads hash large ones.
+        parking: The folders on hung disks.
+        wake: Called by a thread when there are results.
         spawn: Starts a daemon thread.
-        monotonic: Gives seconds of CLOCK_MONOTONIC.
-        small: Bytes up to which the quick worker hashes files.
-        slice_size: Bytes of a larger file that are read at a time.
+        monotonic: Returns seconds of CLOCK_MONOTONIC.
+        small: Largest file that the quick worker hashes, in bytes.
+        slice_size: Bytes of a large file that are read at a time.
 
     Attributes:
         has_left (bool): Whether the latest `take` left results.
@@ -224,19 +134,18 @@ class Workers:
         self._slice_size = slice_size
         self.has_left = False
         self._closed = False
-        self._lock = threading.Lock()
         self._results: deque[Result] = deque()
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-        self._tasks = 0  # of batches that were submitted and are not delivered
+        # by bytes read so far, then by age; None ends a thread
+        self._readings: queue.PriorityQueue[tuple[int, int, Reading | None]] = queue.PriorityQueue()
         self._serial = itertools.count()
-        # guarded by the lock
-        self._shared: dict[str, _Shared] = {}
-        self._heap: list[tuple[int, int, _Shared]] = []
-        self._large = threading.Semaphore(0)  # as many as there are on the heap
+        self._lock = threading.Lock()  # guards what follows, and what the workers have in hand
+        self._tasks = 0  # number of tasks in batches that are not delivered
+        self._waiting: dict[str, list[int | Deliver]] = {}  # by path of a large file, who waits for its sum
         self._workers: list[_Worker] = []
-        self._start(self._quick, "quick")
+        self._start(self._work_quickly, "quick")
         for number in range(policy.hash_workers):
-            self._start(self._hash, f"hash-{number}")
+            self._start(self._work_in_slices, f"hash-{number}")
 
     def _start(self, work: Callable[[_Worker], None], name: str) -> None:
         worker = _Worker()
@@ -244,159 +153,174 @@ class Workers:
         self._spawn(lambda: work(worker), name)
 
     def close(self) -> None:
-        """End the threads, without waiting for one that hangs."""
+        """End the threads, without waiting for those that hang."""
         self._closed = True
         for _ in self._workers:
             self._batches.put(None)
-            self._large.release()
-
-    # --- for the registrar
+            self._readings.put((-1, next(self._serial), None))
 
     @property
     def room(self) -> int:
-        """How many tasks should be submitted at most."""
+        """The number of tasks that may be submitted now."""
         return max(0, MAX_TASKS - self._tasks)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything that was submitted and not taken as a result."""
-        return bool(self._tasks or self._shared or self._results)
+        """Whether anything was submitted whose result was not taken."""
+        return bool(self._tasks or self._waiting or self._results)
 
     def submit(self, tasks: Sequence[Task], deliver: Callable[[list[Result]], None] | None = None) -> None:
-        """Have tasks done, in order; the results go to `deliver`, called by a thread with the lock, or to `take`."""
+        """Queue tasks for the quick worker, in order.
+
+        Args:
+            tasks: The tasks.
+            deliver: Called with results by a thread that holds the lock. By default, `take` returns them.
+        """
         if tasks:
             with self._lock:
                 self._tasks += len(tasks)
             self._batches.put(_Batch(tasks, deliver or self._results.extend))
 
-    def take(self) -> list[Result]:
-        """Return results since the last call, of some `MAX_TASKS` registrations; `has_left` tells if there are more."""
-        taken: list[Result] = []
-        size = 0
-        for _ in range(len(self._results)):
-            if size >= MAX_TASKS:
-                self.has_left = True
-                self._wake()
-                return taken
-            result = self._results.popleft()
-            size += len(result.ids) if isinstance(result, (HashedLarge, FailedLarge)) else 1
-            taken.append(result)
-        self.has_left = False
-        return taken
+    def hash(self, path: str, waiting: int | Deliver) -> None:
+        """Queue a file as a large one. Any thread may call it.
+
+        Args:
+            path: The file.
+            waiting: The registration that waits for the sum, or a function that is called with the result by a thread
+                that holds the lock.
+        """
+        with self._lock:
+            if path not in self._waiting:
+                self._waiting[path] = []
+                self._readings.put((0, next(self._serial), Reading(path, self._access, self._slice_size)))
+            self._waiting[path].append(waiting)
+
+    def hash_and_wait(self, path: str, stopped: Callable[[], bool]) -> HashResult | None:
+        """Hash a file as a large one. Return None if the workers are closed, or `stopped` returns True, before."""
+        answer: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+        self.hash(path, answer.put)
+        while not (self._closed or stopped()):
+            with contextlib.suppress(queue.Empty):
+                return answer.get(timeout=_CHECK_WANTED_S)
+        return None
 
     def add(self, results: Sequence[Result]) -> None:
-        """Have results taken beside those of the workers."""
-        self._results.extend(results)
-        self._wake()
-
-    def supervise(self) -> None:
-        """Abandon workers that hang, and probe parked folders. To be called each second while it is `busy`."""
-        now = self._monotonic()
-        for worker in list(self._workers):
-            if worker.path is None:
-                worker.seen = (-1, now)
-            elif worker.progress != worker.seen[0]:
-                worker.seen = (worker.progress, now)
-            elif now - worker.seen[1] >= HANG_S:
-                self._abandon(worker)
-            elif now - worker.seen[1] >= STALL_S and not worker.relieved:
-                self._relieve(worker, now)
-        self._parking.probe(now)
-
-    def _relieve(self, worker: _Worker, now: float) -> None:
-        """Have another worker do all but the task in hand, which stalls."""
-        with self._lock:
-            batch, shared = worker.batch, worker.shared
-            done = len(batch.results) if batch is not None else 0  # it may come back at any moment, and add to them
-            left = batch.tasks[done:] if batch is not None else ()
-            if not left and shared is None:
-                return  # it has come back just now
-            worker.relieved = True
-            worker.folder = self._parking.suspend(shared.reading.path if shared is not None else _path_of(left[0]), now)
-            if batch is not None:
-                batch.tasks = batch.tasks[: done + 1]
-        if batch is not None:
-            if len(left) > 1:
-                self._batches.put(_Batch(left[1:], batch.deliver))
-            self._start(self._quick, "quick")
-        else:
-            self._start(self._hash, "hash")
-
-    def _abandon(self, worker: _Worker) -> None:
-        """Answer for the task of a relieved worker."""
-        with self._lock:
-            batch, shared = worker.batch, worker.shared
-            done = list(batch.results) if batch is not None else []
-            left = batch.tasks[len(done) :] if batch is not None else ()
-            if not left and shared is None:
-                return
-            worker.abandoned = True
-            self._workers.remove(worker)
-            worker.folder = self._parking.park(worker.folder)
-            if shared is not None:
-                self._give(shared, FailedLarge(shared.ids, HANGS))
-        if batch is not None:
-            results = [result for result in (*done, _failure(left[0], HANGS)) if result is not None]
-            self._finish(batch, results, len(batch.tasks))
-        else:
+        """Add results that need no worker to those that `take` returns."""
+        if results:
+            self._results.extend(results)
             self._wake()
 
-    def _came_back(self, worker: _Worker) -> None:
+    def take(self) -> list[Result]:
+        """Return the results since the last call, of about `MAX_TASKS` registrations at most."""
+        taken: list[Result] = []
+        size = 0
+        while self._results and size < MAX_TASKS:
+            taken.append(self._results.popleft())
+            size += len(ids_of(taken[-1]))
+        self.has_left = bool(self._results)
+        if self.has_left:
+            self._wake()
+        return taken
+
+    # --- supervision
+
+    def supervise(self) -> None:
+        """Relieve and abandon workers that make no progress, and probe parked folders.
+
+        To be called several times a second while the workers are busy.
+        """
+        now = self._monotonic()
+        with self._lock:
+            for worker in list(self._workers):
+                progress, since = worker.seen
+                if worker.path is None:
+                    worker.seen = (-1, now)
+                elif worker.progress != progress:
+                    worker.seen = (worker.progress, now)
+                elif now - since >= HANG_S:
+                    self._abandon(worker, worker.path)
+                elif now - since >= STALL_S and not worker.relieved:
+                    self._relieve(worker, worker.path, now)
+        self._parking.probe(now)
+
+    def _relieve(self, worker: _Worker, path: str, now: float) -> None:
+        """Leave a worker the task in hand, which stalls. Another worker takes the rest."""
+        worker.relieved = True
+        worker.folder = self._parking.suspend(path, worker.reading.offset if worker.reading is not None else 0, now)
+        if (batch := worker.batch) is None:
+            self._start(self._work_in_slices, "hash")
+            return
+        done = batch.done
+        self._batches.put(_Batch(batch.tasks[done + 1 :], batch.deliver))
+        worker.batch = _Batch(batch.tasks[done : done + 1], batch.deliver)
+        batch.tasks = batch.tasks[:done]
+        self._deliver(batch)
+        self._start(self._work_quickly, "quick")
+
+    def _abandon(self, worker: _Worker, path: str) -> None:
+        """Let the task of a relieved worker fail."""
+        worker.abandoned = True
+        self._workers.remove(worker)
+        worker.folder = self._parking.park(worker.folder)
+        if (batch := worker.batch) is not None:
+            batch.results.append(fail(batch.tasks[batch.done], HungError()))
+            self._deliver(batch)
+        else:
+            self._finish(path, fail_large(path, HungError()))
+
+    def _return(self, worker: _Worker) -> None:
+        """End a relieved worker, whose disk answers again."""
         self._parking.release(worker.folder)
-        if not worker.abandoned:
-            self._workers.remove(worker)
+        with self._lock:
+            if not worker.abandoned:
+                self._workers.remove(worker)
         self._wake()
 
     # --- the quick worker
 
-    def _quick(self, worker: _Worker) -> None:
+    def _work_quickly(self, worker: _Worker) -> None:
         while not worker.relieved and (batch := self._batches.get()) is not None:
             self._do(worker, batch)
         if worker.relieved:
-            self._came_back(worker)
+            self._return(worker)
 
     def _do(self, worker: _Worker, batch: _Batch) -> None:
         worker.batch = batch
-        results = batch.results
         folders: dict[str, bool] = {}
-        while len(results) < len(batch.tasks) and not self._closed and not worker.abandoned:
-            task = batch.tasks[len(results)]
-            parked = self._parking and self._parking.covers(_path_of(task))
-            results.append(_failure(task, HANGS) if parked else self._attempt(task, folders))
+        while not self._closed and batch.done < len(batch.tasks):
+            result = self._attempt(batch.tasks[batch.done], folders)
             worker.progress += 1
+            with self._lock:
+                if worker.abandoned:
+                    return
+                batch = worker.batch  # another one if it was relieved
+                if result is not None:
+                    batch.results.append(result)
+                batch.done += 1
         with self._lock:
-            if worker.abandoned:
-                return
             worker.batch = None
-        self._finish(batch, [result for result in results if result is not None], len(batch.tasks))
+            self._deliver(batch)
 
-    def _finish(self, batch: _Batch, results: list[Result], tasks: int) -> None:
-        with self._lock:
-            batch.deliver(results)  # before: where nobody is busy, all results can be taken
-            self._tasks -= tasks
+    def _deliver(self, batch: _Batch) -> None:
+        batch.deliver(batch.results)  # before it is counted, so that there are no results when nobody is busy
+        self._tasks -= len(batch.tasks)
         self._wake()
 
     def _attempt(self, task: Task, folders: dict[str, bool]) -> Result | None:
-        """Do a task; whatever it raises is its own failure. None where a large file is to be read."""
+        """Do a task; return None if its file is left to the other workers. Any error is the failure of this task."""
         try:
+            if self._parking:
+                self._parking.check(path_of(task))
             if isinstance(task, Registration):
                 return self._look_up(task)
             if isinstance(task, Recheck):
-                return self._recheck(task, folders)
-            if isinstance(task, Verify):
-                return self._verify(task.hashed, folders)
-            self._share(task.path, task.deliver)
-            return None
-        except ArchiveError as error:
-            return _failure(task, str(error), refused=True)
-        except FileRefusedError as error:
-            return _failure(task, str(error), refused=True, withdraw=True)
-        except OSError as error:
-            return _failure(task, f"{_path_of(task)}: {error.strerror or error}")
+                is_same = present_fingerprint(task.path, self._access, folders) == task.fingerprint
+                return Rechecked(task, Event.UNCHANGED if is_same else Event.CHANGED)
+            return self._verify(task, folders)
         except Exception as error:  # noqa: BLE001 (one registration must not stop the others)
-            return _failure(task, f"{_path_of(task)}: unexpected error {error!r}. Please report it")
+            return fail(task, error)
 
-    def _look_up(self, registration: Registration) -> Result | None:
+    def _look_up(self, registration: Registration) -> Hashed | None:
         missing: OSError | None = None
         for entry in archive.candidates(registration):
             try:
@@ -406,107 +330,59 @@ class Workers:
                 continue
             if found is not None:
                 return Hashed(registration, HashedFile(entry, found.md5), found.fingerprint)
-            self._share(entry.local_path, registration.id)
+            self.hash(entry.local_path, registration.id)
             return None
         raise missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
-    def _recheck(self, task: Recheck, folders: dict[str, bool]) -> Recheck | Rechecked:
-        try:
-            now = present_fingerprint(task.path, self._access, folders)
-        except (FileNotFoundError, NotADirectoryError):
-            return Rechecked(task.id, missing=True)
-        return task if now == task.fingerprint else Rechecked(task.id)
-
-    def _verify(self, hashed: Hashed, folders: dict[str, bool]) -> Result:
-        if present_fingerprint(hashed.file.entry.local_path, self._access, folders) == hashed.fingerprint:
+    def _verify(self, hashed: Hashed, folders: dict[str, bool]) -> Hashed | Failed:
+        if present_fingerprint(path_of(hashed), self._access, folders) == hashed.fingerprint:
             return hashed
         return Failed(hashed.registration, "the file changed")
 
-    # --- large files
+    # --- the workers for large files
 
-    def _share(self, path: str, who: int | Callable[[HashedLarge | FailedLarge], None]) -> None:
-        """Have a path read for a registration, or for whoever wants to be called."""
-        with self._lock:
-            shared = self._shared.get(path)
-            if shared is None:
-                shared = self._shared[path] = _Shared(Reading(path, self._access, self._slice_size))
-                heapq.heappush(self._heap, (0, next(self._serial), shared))
-                self._large.release()
-            if isinstance(who, int):
-                shared.ids.append(who)
-            else:
-                shared.deliver.append(who)
-
-    def _hash(self, worker: _Worker) -> None:
-        while not worker.relieved and not self._closed:
-            self._large.acquire()
-            self._next_slice(worker)
-        if worker.relieved:
-            self._came_back(worker)
-
-    def _next_slice(self, worker: _Worker) -> None:
-        with self._lock:
-            if not self._heap or self._closed:
+    def _work_in_slices(self, worker: _Worker) -> None:
+        while not worker.relieved:
+            _, _, reading = self._readings.get()
+            if reading is None:
                 return
-            _, _, shared = heapq.heappop(self._heap)
-            worker.shared = shared
-            worker.progress += 1
-        result = self._read(worker, shared)
-        with self._lock:
-            if worker.abandoned:
-                return
-            worker.shared = None
-            if result is None:
-                heapq.heappush(self._heap, (shared.reading.read, next(self._serial), shared))
-                self._large.release()
-                return
-            self._give(shared, result)
-        self._wake()
+            self._read_slice(worker, reading)
+        self._return(worker)
 
-    def _read(self, worker: _Worker, shared: _Shared) -> HashedLarge | FailedLarge | None:
-        path, ids = shared.reading.path, shared.ids
-
+    def _read_slice(self, worker: _Worker, reading: Reading) -> None:
         def go_on() -> bool:
             worker.progress += 1
             return not (self._closed or worker.abandoned)
 
+        path = reading.path
+        result: HashResult | None
+        with self._lock:
+            worker.reading = reading
+            worker.progress += 1
         try:
-            if self._parking and self._parking.covers(path):
-                return FailedLarge(ids, HANGS)
-            found: Checksum | None = shared.reading.next_slice(go_on)
-        except FileRefusedError as error:
-            return FailedLarge(ids, brief(str(error)), refused=True)
-        except OSError as error:
-            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            return FailedLarge(ids, brief(f"{path}: {error.strerror or error}"), missing=missing)
+            self._parking.check(path)
+            found = reading.next_slice(go_on)
+            result = found and HashedLarge((), path, found.md5, found.fingerprint)
         except Exception as error:  # noqa: BLE001 (one file must not stop the others)
-            return FailedLarge(ids, brief(f"{path}: unexpected error {error!r}. Please report it"))
-        return found and HashedLarge(ids, path, found.md5, found.fingerprint)
+            result = fail_large(path, error)
+        with self._lock:
+            if worker.abandoned:
+                return
+            worker.reading = None
+            if result is None:
+                self._readings.put((reading.read, next(self._serial), reading))
+            else:
+                self._finish(path, result)
 
-    def _give(self, shared: _Shared, result: HashedLarge | FailedLarge) -> None:
-        """Deliver the result of a large file to all who wanted it; with the lock, as nobody may join them any more."""
-        for deliver in shared.deliver:
-            deliver(result)
-        for start in range(0, len(shared.ids), MAX_TASKS):
-            self._results.append(result._replace(ids=shared.ids[start : start + MAX_TASKS]))
-        del self._shared[shared.reading.path]
-
-
-def _failure(task: Task, reason: str, *, refused: bool = False, withdraw: bool = False) -> Result | None:
-    reason = brief(reason)
-    if isinstance(task, Registration):
-        return Failed(task, reason, refused, withdraw)
-    if isinstance(task, Verify):
-        return Failed(task.hashed.registration, reason, refused)
-    if isinstance(task, Recheck):
-        return Rechecked(task.id, refusal=reason) if refused else Rechecked(task.id, error=reason)
-    task.deliver(FailedLarge([], reason, refused))
-    return None
-
-
-def _path_of(task: Task) -> str:
-    if isinstance(task, Registration):
-        return str(task["path"])
-    if isinstance(task, Verify):
-        return task.hashed.file.entry.local_path
-    return task.path
+    def _finish(self, path: str, result: HashResult) -> None:
+        """Deliver the result of a large file to everyone who waits for it."""
+        ids: list[int] = []
+        for waiting in self._waiting[path]:
+            if isinstance(waiting, int):
+                ids.append(waiting)
+            else:
+                waiting(result)
+        for start in range(0, len(ids), MAX_TASKS):
+            self._results.append(result._replace(ids=ids[start : start + MAX_TASKS]))
+        del self._waiting[path]
+        self._wake()

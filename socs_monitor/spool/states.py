@@ -1,7 +1,7 @@
-"""The states of a registration and the transitions between them, as data.
+"""The lifecycle of a registration as data: its states, and the events that move it from one to another.
 
-Pure. `TRANSITIONS` is the whole life of a registration: `store.Spool.apply` carries out what stands here and refuses
-everything else. Every accepted registration is counted in exactly one state at any moment.
+Pure. `store.Spool.apply` executes these transitions and rejects all others, so every accepted registration is in
+exactly one state at any moment.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """Where a registration is. The first four are stored in the spool; the last two are counted only."""
+    """The state of a registration. The first four are stored in the spool, the last two are only counted."""
 
-    PENDING = "pending"  # accepted; its file is to be looked up and hashed, and its row to be committed
-    WAITING = "waiting"  # its file could not be read; it is tried again when it is due
-    REGISTERED = "registered"  # its row is committed; its file is checked again when that is due
-    DEAD = "dead"  # refused or given up; kept for a person as a dead letter
-    SETTLED = "settled"  # gone: nothing more to do, the row is safe
-    DISCARDED = "discarded"  # gone: a dead letter that a person discarded, or for which there was no room
+    PENDING = "pending"  # accepted; the file is still to be found and hashed, and its row to be committed
+    WAITING = "waiting"  # the file could not be read; a retry is scheduled
+    REGISTERED = "registered"  # the row is committed; a re-check of the file is scheduled
+    DEAD = "dead"  # refused or given up; kept as a dead letter
+    SETTLED = "settled"  # gone: the row is safe and nothing is left to do
+    DISCARDED = "discarded"  # gone: a dead letter that was discarded
 
 
 STORED = (State.PENDING, State.WAITING, State.REGISTERED, State.DEAD)
 
 
 class Event(StrEnum):
-    """What can happen to a registration."""
+    """An event in the life of a registration, worded as in the documentation's table."""
 
-    COMMITTED = "its row was committed"
-    FAILED = "its file is missing, unreadable or hanging, or an unexpected error occurred"
-    GIVEN_UP = "the same, for longer than --give-up-after"
+    COMMITTED = "row committed"
+    FAILED = "missing, unreadable, hanging, unexpected error"
+    GIVEN_UP = "the same, after --give-up-after; unexpected error twice"
     KNOWN = "the same, but its key has a row"
-    REFUSED = "it can never become a row"
-    DUE = "its delay is over"
-    RETRIED = "a person retries it"
-    UNCHANGED = "its file is unchanged and the database is synced"
-    MISSING = "its file is missing: archived and removed, or deleted"
-    SUPERSEDED = "its file was announced again later, which takes care of it"
-    CHANGED = "its file changed"
-    UNREADABLE = "its file cannot be checked now: unreadable or hanging"
-    RESTARTED = "the process started, or the database was replaced"
-    DISCARDED = "a person discarded it, or there was no room"
+    REFUSED = "refused, unparsable"
+    DUE = "due"
+    UNCHANGED = "unchanged, and the database is synced"
+    MISSING = "missing (archived and removed, or deleted)"
+    SUPERSEDED = "announced again later; that announcement takes care of it"
+    CHANGED = "changed"
+    UNREADABLE = "unreadable, hanging"
+    RESTARTED = "start of the process, or the database was replaced"
+    RETRIED = "retry"
+    DISCARDED = "discard, too many dead letters, no room"
 
 
 TRANSITIONS: Mapping[tuple[State, Event], State] = {
@@ -56,7 +56,8 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.REGISTERED, Event.CHANGED): State.PENDING,
     (State.REGISTERED, Event.UNREADABLE): State.REGISTERED,
     (State.REGISTERED, Event.RESTARTED): State.PENDING,
-    (State.REGISTERED, Event.REFUSED): State.DEAD,
+    (State.REGISTERED, Event.REFUSED): State.DEAD,  # a link was retargeted
+    (State.REGISTERED, Event.GIVEN_UP): State.DEAD,
     (State.DEAD, Event.RETRIED): State.PENDING,
     (State.DEAD, Event.DISCARDED): State.DISCARDED,
 }

@@ -1,1 +1,1 @@
-"""The contract with SupRsync: its tables and the rules for writing rows. Nothing else knows the tables."""
+"""The contract with SupRsync: its tables, and the rules for writing rows. No other package knows the tables."""

@@ -1,4 +1,4 @@
-"""Reading a SQLite file that others write: nothing is locked for long, and no file is ever made."""
+"""Read-only access to an SQLite file that others write. It holds no lock for long and never creates a file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import os
 import sqlite3
 from urllib.parse import quote
 
-_WAL = 2  # the 19th byte of a database that is in WAL mode
+_WAL = 2  # the 19th byte of a database in WAL mode
 _BUSY_TIMEOUT_S = 2.0
 
 
 def connect(path: str) -> sqlite3.Connection:
     """Open a database read-only.
 
-    A reader of a database in WAL mode that nobody has open would make its ``-wal`` and ``-shm``, and leave them
-    behind: with the reader's owner, so that the writer might never open it again. Such a file is read as one that
-    nobody changes. Closing drops SQLite's locks in this process: not for one that has the database open otherwise.
+    If nobody has a database in WAL mode open, a reader would create its ``-wal`` and ``-shm`` and leave them behind.
+    They would have the reader's owner, so the writer might never open the database again. So this database is opened as
+    one that nobody changes. Do not use this in a process that also has the database open otherwise: closing drops all
+    locks that the process has on the file.
 
     Raises:
         OSError: If the file cannot be opened.

@@ -1,15 +1,17 @@
-"""SQLAlchemy models of the SupRsync database.
+"""SQLAlchemy models of the SupRsync database, and the SQL that creates its tables and indexes.
 
-The tables are exactly the published ones, because the published agents work on the same file: an added index is
-allowed, an added or changed column is not.
+The tables are exactly the published ones, because the published agents use the same file. They accept an added index,
+but not an added or changed column.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, String, and_, literal_column, or_
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Integer, String
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.schema import CreateTable
 
 
 class Base(DeclarativeBase):
@@ -36,7 +38,7 @@ class SupRsyncFile(Base):
 
 
 class TimecodeDir(Base):
-    """A folder of one timecode in the archive. Only SupRsync writes these rows."""
+    """A timecode's folder in the archive. Only SupRsync writes these rows."""
 
     __tablename__ = "timecode_dirs_v0"
 
@@ -49,20 +51,27 @@ class TimecodeDir(Base):
     finalize_file_id = Column(Integer, ForeignKey("supersync_v0.id"))
 
 
-FILES: Final[Any] = SupRsyncFile.__table__
-
-# SQLite uses a partial index only if the query repeats the condition literally, so it has no parameters.
-STUCK: Final = and_(
-    literal_column('"ignore" = 0'),
-    FILES.c.local_md5sum.is_distinct_from(FILES.c.remote_md5sum),
-    or_(FILES.c.failed_copy_attempts > literal_column("0"), FILES.c.removed.is_not(None)),
+STUCK: Final = (
+    '"ignore" = 0 AND local_md5sum IS NOT remote_md5sum AND (failed_copy_attempts > 0 OR removed IS NOT NULL)'
 )
-"""Rows that are not verified, and that SupRsync failed to copy or takes for removed. It may never copy them."""
+"""Condition of rows that are not verified, and that SupRsync failed to copy or takes for removed.
 
-# Without the first two, each look-up reads the whole table, which grows to millions of rows. The last one holds only
-# the few rows that `STUCK` selects, so inserting a row does not touch it.
-INDEXES: Final = (
-    Index("ix_supersync_v0_local_path", FILES.c.local_path),
-    Index("ix_supersync_v0_remote_path", FILES.c.remote_path),
-    Index("ix_supersync_v0_stuck", FILES.c.id, sqlite_where=STUCK),
-)
+SupRsync may never copy them. SQLite uses the partial index only in a query that repeats its condition.
+"""
+
+# Without the first two, each look-up reads the whole table, which grows to millions of rows. The third one holds only
+# stuck rows, so inserting a row does not touch it.
+INDEXES: Final = {
+    "ix_supersync_v0_local_path": "(local_path)",
+    "ix_supersync_v0_remote_path": "(remote_path)",
+    "ix_supersync_v0_stuck": f"(id) WHERE {STUCK}",
+}
+"""Name of each added index, and what it is on."""
+
+CREATE_TABLES: Final = [
+    str(CreateTable(table, if_not_exists=True).compile(dialect=SQLiteDialect()))
+    for table in Base.metadata.sorted_tables
+]
+CREATE_INDEXES: Final = {
+    name: f"CREATE INDEX IF NOT EXISTS {name} ON supersync_v0 {what}" for name, what in INDEXES.items()
+}

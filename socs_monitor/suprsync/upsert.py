@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from socs_monitor.suprsync.archive import Entry
 
-# SupRsync's default of --max-copy-attempts. It does not copy a row again after as many failures.
+# The default of SupRsync's --max-copy-attempts. After this many failures it does not copy a row again.
 MAX_COPY_ATTEMPTS = 5
 
 
@@ -52,19 +52,24 @@ class Row(NamedTuple):
         )
 
     @property
-    def is_inert(self) -> bool:
+    def is_retired(self) -> bool:
         """Whether SupRsync neither copies the row's file nor deletes it, whatever it commits late."""
         return bool(self.ignore) and self.removed is not None and not self.deletable
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether SupRsync will not copy the row again, because it failed too often or is taken for removed."""
+        return (self.failed_copy_attempts or 0) >= MAX_COPY_ATTEMPTS or self.removed is not None
 
 
 class Action(enum.Enum):
     """What a registration does to the newest row of its key."""
 
     INSERT = "insert"  # there is none
-    KEEP = "keep"  # it is right as it is
-    CONFIRM = "confirm"  # verified: it is not removed, and may or may not be deleted
-    RETRY = "retry"  # it has the content already, but is not verified: copied again from attempt 0
-    RESET = "reset"  # it takes the content, and is copied as if it were new
+    KEEP = "keep"  # it is right
+    CONFIRM = "confirm"  # it is verified: only `removed` and `deletable` change
+    RETRY = "retry"  # it has the content but is not verified: SupRsync copies it again, from attempt 0
+    RESET = "reset"  # it takes the content, and SupRsync copies it like a new row
     REFUSE = "refuse"  # another local path holds its place in the archive
 
 
@@ -72,11 +77,11 @@ class Plan(NamedTuple):
     """What to write for one registration.
 
     Attributes:
-        action: What happens to the key's newest row.
+        action: What happens to the newest row of the key.
         row: That row; None for `Action.INSERT` and `Action.REFUSE`.
-        undeletable: Ids of rows whose ``deletable`` becomes false.
-        retired: Ids of rows that become inert.
-        holder: For `Action.REFUSE`, the local path of the row that holds the place in the archive.
+        undeletable: Ids of the rows whose ``deletable`` becomes false.
+        retired: Ids of the rows to retire: older rows of the key that SupRsync must no longer copy or delete.
+        holder: The local path that holds the place in the archive, for `Action.REFUSE`.
     """
 
     action: Action
@@ -90,16 +95,15 @@ INSERT = Plan(Action.INSERT)
 
 
 def plan_upsert(rows: Sequence[Row], file: HashedFile, holders: Iterable[str] = ()) -> Plan:
-    """Plan how the content of a file is registered.
+    """Plan how to register the content of a file.
+
+    Only the row that was registered last may delete the file, so all other rows of the path become undeletable.
+    ``removed`` of other keys' rows is never changed, because SupRsync may be about to write it.
 
     Args:
         rows: All rows of the file's local path, oldest (lowest id) first.
         file: The content to register.
-        holders: Local paths of all rows, of any content, with the file's archive and remote path.
-
-    Returns:
-        The plan. Only the row registered last may delete the file, so every other row of the path becomes
-        undeletable. ``removed`` of other keys' rows is never touched, since SupRsync may be about to write it.
+        holders: Local paths of all rows with the file's archive and remote path, whatever their content.
     """
     entry, md5 = file
     for holder in holders:
@@ -109,29 +113,30 @@ def plan_upsert(rows: Sequence[Row], file: HashedFile, holders: Iterable[str] = 
         return INSERT
     own = [row for row in rows if row.is_of(entry)]
     newest = own.pop() if own else None
-    retired = tuple(row.id for row in own if not row.is_inert)
+    retired = tuple(row.id for row in own if not row.is_retired)
     undeletable = tuple(row.id for row in rows if row.deletable and row is not newest and row.id not in retired)
     if newest is None:
         return Plan(Action.INSERT, None, undeletable)
+    is_right = newest.removed is None and bool(newest.deletable) == entry.deletable
     if newest.local_md5sum != md5:
         action = Action.RESET
     elif newest.remote_md5sum != md5:
-        action = Action.RETRY
+        action = Action.KEEP if is_right and newest.failed_copy_attempts == 0 else Action.RETRY
     elif retired:
-        # an older row of the same key may have replaced the content in the archive since this one was verified
+        # An older row of the key may have replaced the content in the archive since this one was verified.
         action = Action.RESET
     else:
-        action = Action.CONFIRM
-    is_right = newest.removed is None and bool(newest.deletable) == entry.deletable
-    if is_right and (action is Action.CONFIRM or (action is Action.RETRY and newest.failed_copy_attempts == 0)):
-        action = Action.KEEP
+        action = Action.KEEP if is_right else Action.CONFIRM
     return Plan(action, newest, undeletable, retired)
 
 
 class Correction(NamedTuple):
-    """New sums of a row that SupRsync cannot finish. It is not removed, and copied again from attempt 0.
+    """New MD5 sums of a stuck row. SupRsync then copies it from attempt 0, and does not take it for removed.
 
-    `row` is the row as it was selected.
+    Attributes:
+        row: The row as it was selected.
+        local_md5sum: The sum of the file's present content.
+        remote_md5sum: The sum of the archived content, if known.
     """
 
     row: Row
@@ -139,20 +144,13 @@ class Correction(NamedTuple):
     remote_md5sum: str | None
 
 
-def needs_retry(row: Row) -> bool:
-    """Whether SupRsync does not copy the row again by itself."""
-    return (row.failed_copy_attempts or 0) >= MAX_COPY_ATTEMPTS or row.removed is not None
-
-
 def plan_correction(row: Row, md5: str) -> Correction | None:
-    """Plan how a row that is not verified is corrected; None if there is nothing to correct.
+    """Plan how to correct a stuck row; return None if SupRsync can still finish it.
 
     Args:
-        row: The row, one that `tables.STUCK` selects.
+        row: A row that `tables.STUCK` selects.
         md5: MD5 sum of the file's present content.
     """
     if md5 != row.local_md5sum:
         return Correction(row, md5, None)
-    if needs_retry(row):
-        return Correction(row, md5, row.remote_md5sum)
-    return None
+    return Correction(row, md5, row.remote_md5sum) if row.is_abandoned else None

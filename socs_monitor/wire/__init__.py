@@ -1,1 +1,1 @@
-"""The UDP port and the wire format: from datagrams to typed messages. Knows no files, no database and no OCS."""
+"""The UDP port and the wire format: from datagrams to typed messages. Knows no files, database or OCS."""

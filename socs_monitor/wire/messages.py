@@ -1,8 +1,7 @@
-"""From the bytes of one datagram to one typed message, or one `MessageError`.
+"""Parses one datagram into one typed message, or raises one `MessageError`, whatever arrives.
 
-The wire format is one JSON object a datagram (UTF-8), as pysmurf's ``Publisher`` and the smurf-streamer
-send it. Pure: knows no socket, reactor, clock or OCS. Whatever arrives, `parse` returns a message or raises
-`MessageError`; nothing else comes out.
+The wire format, as pysmurf's ``Publisher`` and the smurf-streamer send it: one JSON object per datagram, in UTF-8.
+Pure: no socket, reactor, clock or OCS.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import ConfigDict, StrictStr, TypeAdapter, ValidationError
 from pydantic_core import from_json
-from typing_extensions import TypedDict
 
 JSON = dict[str, Any]
 
@@ -20,35 +17,31 @@ FILE_TYPES = frozenset({"data_file", "g3_file"})
 SESSION_TYPES = frozenset({"session_data", "session_log"})
 TYPES = FILE_TYPES | SESSION_TYPES | {"metadata", "start", "stop", "log", "backend_error", "general"}
 
+_WRONG_FIELD = "wrong or missing field"
+
 
 class MessageError(Exception):
-    """The datagram is no message of the wire format.
+    """The datagram is not a message of the wire format.
 
     Attributes:
-        reason: What is wrong, out of a small fixed vocabulary, fit for counting.
-        detail: The same with the particulars, for a person.
+        reason: What is wrong, from a small fixed vocabulary that can be counted.
+        detail: The particulars, for a person.
+        envelope: The JSON object that arrived; empty if there was none.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", envelope: JSON | None = None) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+        self.envelope = envelope or {}
 
 
-class DataFile(NamedTuple):
-    """A ``data_file`` message: pysmurf wrote an ancillary file.
+class FileMessage(NamedTuple):
+    """A ``data_file`` message (pysmurf wrote a file) or ``g3_file`` message (the streamer closed a timestream file).
 
-    `meta` is the payload with the publisher's id added as ``pub_id``, as it goes to ``file_queue``. `text` is what goes
-    into the spool: a datagram that has the same `meta`.
+    `meta` is what goes to ``file_queue``: the payload, and the publisher's id as ``pub_id``. `text` is what goes into
+    the spool: a datagram with the same `meta`.
     """
-
-    envelope: JSON
-    meta: JSON
-    text: str
-
-
-class G3File(NamedTuple):
-    """A ``g3_file`` message: the streamer closed a timestream file. `meta` and `text` as in `DataFile`."""
 
     envelope: JSON
     meta: JSON
@@ -56,13 +49,13 @@ class G3File(NamedTuple):
 
 
 class SessionMessage(NamedTuple):
-    """A ``session_data`` or ``session_log`` message; the envelope goes to the feed unmodified."""
+    """A ``session_data`` or ``session_log`` message. Its envelope is published unmodified."""
 
     envelope: JSON
 
 
 class Metadata(NamedTuple):
-    """A ``metadata`` message: one register's value. `time` is unix seconds at sending."""
+    """A ``metadata`` message: the value of one register. `time` is when it was sent, in unix time."""
 
     envelope: JSON
     stream_id: str
@@ -72,42 +65,24 @@ class Metadata(NamedTuple):
 
 
 class Ignored(NamedTuple):
-    """A message that asks for nothing (``start``, ``stop``, ``log``, ``general`` and types yet unknown)."""
+    """A message that needs no action: ``start``, ``stop``, ``log``, ``general`` and unknown types."""
 
     envelope: JSON
 
 
-Message: TypeAlias = DataFile | G3File | SessionMessage | Metadata | Ignored
+Message: TypeAlias = FileMessage | SessionMessage | Metadata | Ignored
 
-# Fields beyond these are kept as they came: what a newer publisher adds is not ours to drop.
-_AS_IT_CAME = ConfigDict(extra="allow")
-
-
-class _Envelope(TypedDict):
-    __pydantic_config__ = _AS_IT_CAME  # type: ignore[misc]
-    id: StrictStr
-    type: StrictStr
-    payload: Any
-
-
-class _MetadataPayload(TypedDict):
-    __pydantic_config__ = _AS_IT_CAME  # type: ignore[misc]
-    path: StrictStr
-    value: Any
-
-
-# What is kept of a registration: fields, and characters of a string. pysmurf sends nine fields, the longest a path.
+# How much of a registration is kept: number of fields, and characters per string. pysmurf sends nine fields, and the
+# longest one is a path.
 MAX_FIELDS = 32
 MAX_STRING = 1024
 
-# The fields that make a row. One that is a list or an object stays, empty, so that the registration is refused for it.
-_OF_ROW = ("path", "archive_name", "format", "timestamp", "action", "action_ts", "plot")
+# The fields that determine a row. A list or object in one of them is kept as an empty one, so that the registration
+# is refused for it.
+_ROW_FIELDS = ("path", "archive_name", "format", "timestamp", "action", "action_ts", "plot")
 
-# Bytes of a datagram that is stored as it came; a longer one is reduced first.
-_SHORT = 2048
-
-_validate_envelope = TypeAdapter(_Envelope).validator.validate_python
-_validate_metadata = TypeAdapter(_MetadataPayload).validator.validate_python
+# A registration of at most this many characters is stored exactly as it arrived; a longer one is encoded again.
+_STORED_AS_RECEIVED = 2048
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -116,16 +91,15 @@ def parse(datagram: bytes | str) -> Message:
     """Parse one datagram.
 
     Args:
-        datagram: What arrived: UTF-8 JSON of one object with at least ``id``, ``type`` and ``payload``. The messages
-            that register a file only need ``type`` and the payload's ``path``: whether the rest is fit for the archive
-            is found out later, and what is not becomes a dead letter.
+        datagram: UTF-8 JSON: an object with ``id``, ``type`` and ``payload``. A message that registers a file needs
+            only ``type`` and the payload's ``path``. Whether the rest is fit for the archive is decided later, and a
+            registration that is not becomes a dead letter.
 
     Returns:
-        The message, by its ``type``. Types that are not known are `Ignored`, since a newer publisher may
-        send them.
+        The message. Unknown types are `Ignored`, because a newer publisher may send them.
 
     Raises:
-        MessageError: For anything that is not such a message.
+        MessageError: If the datagram is not a message.
     """
     if not datagram:
         raise MessageError("empty")
@@ -133,25 +107,30 @@ def parse(datagram: bytes | str) -> Message:
     try:
         envelope = from_json(datagram)
         text = datagram if isinstance(datagram, str) else datagram.decode()
-    except (ValueError, TypeError):  # the latter for text that is no Unicode
-        envelope = _leniently(datagram)
-    kind = envelope.get("type") if isinstance(envelope, dict) else None
+    except (ValueError, TypeError):  # a str with a lone surrogate is a TypeError
+        envelope = _parse_leniently(datagram)
+    if not isinstance(envelope, dict):
+        raise MessageError(_WRONG_FIELD, "message: not an object")
+    kind = envelope.get("type")
     if isinstance(kind, str) and kind in FILE_TYPES:
-        return _file(envelope, kind, text)
-    try:
-        _validate_envelope(envelope)
-        if kind in SESSION_TYPES:
-            return _session(envelope, kind)
-        if kind == "metadata":
-            return _metadata(envelope)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise MessageError("wrong or missing field", f"{_where(first['loc'])}: {first['msg']}") from None
+        return _file_message(envelope, text)
+    for field in ("id", "type"):
+        if not isinstance(envelope.get(field), str):
+            raise MessageError(_WRONG_FIELD, f"{field}: not a string", envelope)
+    if "payload" not in envelope:
+        raise MessageError(_WRONG_FIELD, "payload: missing", envelope)
+    if kind == "metadata":
+        return _metadata(envelope)
+    if kind in SESSION_TYPES:
+        expected = dict if kind == "session_data" else str
+        if not isinstance(envelope["payload"], expected):
+            raise MessageError(_WRONG_FIELD, f"payload: not a {expected.__name__}", envelope)
+        return SessionMessage(envelope)
     return Ignored(envelope)
 
 
-def _leniently(datagram: bytes | str) -> Any:
-    """Read JSON as Python's own parser does: with a byte order mark, lone surrogates, and nested more deeply."""
+def _parse_leniently(datagram: bytes | str) -> Any:
+    """Parse JSON as Python does, which accepts a byte order mark, lone surrogates and deeper nesting."""
     try:
         text = datagram if isinstance(datagram, str) else datagram.decode(errors="surrogatepass")
         return json.loads(text.removeprefix(_BYTE_ORDER_MARK))
@@ -159,19 +138,19 @@ def _leniently(datagram: bytes | str) -> Any:
         raise MessageError("not JSON", str(error)) from None
 
 
-def parse_file(datagram: bytes | str) -> DataFile | G3File:
-    """Parse a datagram that registers a file; raises `MessageError` for any other."""
+def parse_file(datagram: bytes | str) -> FileMessage:
+    """Parse a datagram that registers a file. Any other is a `MessageError`."""
     message = parse(datagram)
-    if not isinstance(message, (DataFile, G3File)):
+    if not isinstance(message, FileMessage):
         raise MessageError("no registration", str(message.envelope["type"])[:40])
     return message
 
 
 def encode_file(meta: JSON) -> str:
-    """Return a datagram that brings `meta` (a payload with ``pub_id``), as JSON text.
+    """Return the datagram, as text, that `parse_file` turns into this `meta` (a payload with ``pub_id``).
 
     Raises:
-        MessageError: If there is none.
+        MessageError: If `meta` is not the metadata of a file.
     """
     if not isinstance(meta, dict):
         raise MessageError("no registration", f"{type(meta).__name__} instead of a dict")
@@ -183,50 +162,32 @@ def encode_file(meta: JSON) -> str:
     return parse_file(text).text
 
 
-def envelope_of(datagram: bytes | str) -> JSON:
-    """Return the envelope of a datagram whose payload `parse` refused; empty where there is none."""
-    try:
-        envelope = _leniently(datagram)
-    except MessageError:
-        return {}
-    return envelope if isinstance(envelope, dict) else {}
-
-
 def stream_of(publisher: str) -> str:
-    """Return the stream id of a publisher's: what follows the first colon, or all of it."""
+    """Return the stream id in a publisher id: the part after the first colon, or all of it."""
     _, colon, stream_id = publisher.partition(":")
     return stream_id if colon else publisher
 
 
-def brief(text: str, most: int = 300) -> str:
-    """Return what a sender wrote as a person is shown it: one line of at most `most` characters, none of control."""
-    shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return shown if len(shown) <= most else f"{shown[: most // 2 - 5]} ... {shown[-most // 2 :]}"
-
-
-def _file(envelope: JSON, kind: str, text: str | None) -> DataFile | G3File:
-    """Return the message of a registration; without its `text`, what cannot be stored or read again is left out."""
+def _file_message(envelope: JSON, text: str | None) -> FileMessage:
+    """Return the message of a registration. Without `text`, the datagram cannot be stored as it is."""
     payload = envelope.get("payload")
     if not isinstance(payload, dict):
-        raise MessageError("wrong or missing field", "payload: not an object")
+        raise MessageError(_WRONG_FIELD, "payload: not an object", envelope)
     path = payload.get("path")
     if not isinstance(path, str) or not path or "\0" in path:
-        raise MessageError("wrong or missing field", "payload.path: not a path")
+        raise MessageError(_WRONG_FIELD, "payload.path: not a path", envelope)
     id_ = envelope.get("id")
     if not isinstance(id_, str):
         id_ = str(id_) if isinstance(id_, (int, float)) else ""
-    payload = _reduced(payload)
-    if text is None or len(text) > _SHORT:
-        text = json.dumps({"id": id_[:MAX_STRING], "type": kind, "payload": payload})
-    meta = {**payload, "pub_id": id_[:MAX_STRING]}
-    return G3File(envelope, meta, text) if kind == "g3_file" else DataFile(envelope, meta, text)
+    id_ = id_[:MAX_STRING]
+    payload = _bounded_payload(payload)
+    if text is None or len(text) > _STORED_AS_RECEIVED:
+        text = json.dumps({"id": id_, "type": envelope["type"], "payload": payload})
+    return FileMessage(envelope, {**payload, "pub_id": id_}, text)
 
 
-def _reduced(payload: JSON) -> JSON:
-    """Return what is kept of a registration's payload, so that no sender can fill the memory.
-
-    These are the path, whole, and up to `MAX_FIELDS` scalars, strings of up to `MAX_STRING` characters.
-    """
+def _bounded_payload(payload: JSON) -> JSON:
+    """Return the whole path and up to `MAX_FIELDS` scalars of a payload, so that no sender can fill the memory."""
     kept: JSON = {}
     for key, value in payload.items():
         if isinstance(value, str):
@@ -235,28 +196,23 @@ def _reduced(payload: JSON) -> JSON:
             kept[key] = value
         elif key == "plot":
             kept[key] = bool(value)
-        elif key in _OF_ROW:
+        elif key in _ROW_FIELDS:
             kept[key] = type(value)()
     if len(kept) <= MAX_FIELDS:
         return kept
-    first = (*_OF_ROW, *(key[:MAX_STRING] for key in kept))
+    first = (*_ROW_FIELDS, *(key[:MAX_STRING] for key in kept))
     return {key: kept[key] for key in first[:MAX_FIELDS] if key in kept}
 
 
-def _session(envelope: JSON, kind: str) -> SessionMessage:
-    expected: type = dict if kind == "session_data" else str
-    if not isinstance(envelope["payload"], expected):
-        raise MessageError("wrong or missing field", f"payload: {kind} carries a {expected.__name__}")
-    return SessionMessage(envelope)
-
-
 def _metadata(envelope: JSON) -> Metadata:
-    payload = _validate_metadata(envelope["payload"])
-    sent = envelope.get("time")
-    if not isinstance(sent, (int, float)) or not abs(sent) < 1e12:  # no NaN is below anything
-        raise MessageError("wrong or missing field", "time: not a time in unix seconds")
-    return Metadata(envelope, stream_of(envelope["id"]), payload["path"], payload["value"], float(sent))
-
-
-def _where(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "message"
+    payload, sent = envelope["payload"], envelope.get("time")
+    if not isinstance(payload, dict):
+        raise MessageError(_WRONG_FIELD, "payload: not an object", envelope)
+    path = payload.get("path")
+    if not isinstance(path, str):
+        raise MessageError(_WRONG_FIELD, "payload.path: not a string", envelope)
+    if "value" not in payload:
+        raise MessageError(_WRONG_FIELD, "payload.value: missing", envelope)
+    if not isinstance(sent, (int, float)) or not abs(sent) < 1e12:  # false for NaN, too
+        raise MessageError(_WRONG_FIELD, "time: not a unix time", envelope)
+    return Metadata(envelope, stream_of(envelope["id"]), path, payload["value"], float(sent))

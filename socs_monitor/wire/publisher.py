@@ -1,6 +1,6 @@
-"""The wire format as senders speak it: datagrams that are byte for byte those of pysmurf and the smurf-streamer.
+"""Sends datagrams that are byte for byte those of pysmurf and the smurf-streamer.
 
-`socs-monitor send`, the demo, the tests and the benchmark use it.
+Used by `socs-monitor send`, the demo, the tests and the benchmark.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Self, TypeAlias
 
 Address: TypeAlias = tuple[str, int]
 
-# The senders' own limit in bytes. A larger message is replaced by a ``backend_error``.
+# The senders' own size limit in bytes. They replace a larger message with a ``backend_error``.
 MAX_DATAGRAM = 64_000
 
 _PYSMURF_VERSION = "8.2.0"
 
 
 class Publisher:
-    """One publisher: a UDP socket of its own, and a sequence that counts every message, from 0.
+    """A publisher with its own UDP socket, and a sequence number that counts every message from 0.
 
-    As a context manager it announces itself with ``start`` and takes its leave with ``stop``, as pysmurf's does.
+    As a context manager it sends ``start`` and ``stop``, as pysmurf's does.
 
     Args:
         pub_id: Publisher id, e.g. ``crate1slot2`` or ``STREAMER:<stream_id>``.
@@ -52,10 +52,10 @@ class Publisher:
         self._socket.close()
 
     def encode(self, payload: Any, kind: str) -> bytes:
-        """Spend a sequence number on a message and return its datagram.
+        """Return the datagram of the next message.
 
-        A message of more than `MAX_DATAGRAM` bytes is dropped, its number spent, and the datagram is that of the
-        ``backend_error`` that says so.
+        A message of more than `MAX_DATAGRAM` bytes is dropped. Its number is used up, and the datagram is a
+        ``backend_error`` that reports the loss.
         """
         envelope = {
             "host": self.host,
@@ -74,11 +74,11 @@ class Publisher:
         return datagram
 
     def send(self, datagram: bytes) -> None:
-        """Send bytes as they are. Nobody needs to listen: like the real one, it never learns."""
+        """Send bytes unmodified. Succeeds even if nobody listens, like the real senders."""
         self._socket.sendto(datagram, self._address)
 
     def publish(self, payload: Any, kind: str = "general") -> None:
-        """Send a message of any type with any payload."""
+        """Send a message of any type."""
         self.send(self.encode(payload, kind))
 
     def start(self) -> None:
@@ -89,32 +89,20 @@ class Publisher:
         """Send the ``stop`` message."""
         self.publish({}, "stop")
 
-    def log(self, message: str) -> None:
-        """Send a ``log`` message."""
-        self.publish({"message": message}, "log")
-
-    def backend_error(self, message: str) -> None:
-        """Send a ``backend_error`` message."""
-        self.publish({"message": message}, "backend_error")
-
-    def general(self, payload: Any) -> None:
-        """Send a ``general`` message."""
-        self.publish(payload, "general")
-
     def session_data(self, data: Mapping[str, Any]) -> None:
         """Send data for the session of the pysmurf-controller."""
         self.publish(data, "session_data")
 
     def session_log(self, message: str) -> None:
-        """Send a line for the log of the pysmurf-controller's session."""
+        """Send a line for the session log of the pysmurf-controller."""
         self.publish(message, "session_log")
 
     def metadata(self, path: str, value: Any) -> None:
-        """Report the `value` of the register at the dotted rogue `path`."""
+        """Send the value of the register at a dotted rogue path."""
         self.publish(metadata(path, value), "metadata")
 
     def data_file(self, path: str, **fields: Any) -> None:
-        """Register a pysmurf file; `fields` as for the function `data_file`."""
+        """Register a pysmurf file; `fields` are the parameters of the function `data_file`."""
         self.publish(data_file(path, **fields), "data_file")
 
     def g3_file(self, path: str) -> None:
@@ -132,7 +120,7 @@ def data_file(
     action_ts: str | int | None = None,
     plot: bool = False,
 ) -> dict[str, Any]:
-    """Payload of a ``data_file`` message. `timestamp` is unix seconds (default: now), `action_ts` too."""
+    """Return the payload of a ``data_file`` message. `timestamp` (default: now) and `action_ts` are unix times."""
     return {
         "path": path,
         "type": file_type,
@@ -146,10 +134,10 @@ def data_file(
 
 
 def g3_file(path: str) -> dict[str, Any]:
-    """Payload of a ``g3_file`` message."""
+    """Return the payload of a ``g3_file`` message."""
     return {"path": path, "archive_name": "timestreams"}
 
 
 def metadata(path: str, value: Any) -> dict[str, Any]:
-    """Payload of a ``metadata`` message."""
+    """Return the payload of a ``metadata`` message."""
     return {"path": path, "value": value, "type": type(value).__name__}

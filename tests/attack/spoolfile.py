@@ -1,4 +1,4 @@
-"""Entries in the spool's file that the running agent did not write, in any version's layout."""
+"""Writes a stopped agent's spool directly, in the layout of any version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Version 1, as released: what is in such a file is never to be lost.
+# Version 1, as released. Its content must never be lost.
 VERSION_1 = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE registrations (
@@ -28,18 +28,18 @@ PRAGMA user_version = 1;
 
 
 def make_version_1(spool: Path) -> None:
-    """Begin a spool as version 1 did."""
+    """Create an empty spool of version 1."""
     with contextlib.closing(sqlite3.connect(spool)) as connection:
         connection.executescript(VERSION_1)
 
 
 def insert(spool: Path, messages: Iterable[str | bytes], **columns: Any) -> None:
-    """Put registrations into the spool of a stopped agent, whatever its version.
+    """Insert registrations into the spool of a stopped agent, of any version.
 
     Args:
         spool: The file.
-        messages: Each one's message; bytes become text that may be no UTF-8.
-        columns: Values of other columns, the same for all; one that this version does not have is left out.
+        messages: Their messages; bytes become text that may be invalid UTF-8.
+        columns: Values of other columns, the same for all. Columns that this version does not have are ignored.
     """
     with contextlib.closing(sqlite3.connect(spool)) as connection, connection:
         present = {name for _, name, *_ in connection.execute("PRAGMA table_info(registrations)")}

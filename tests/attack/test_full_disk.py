@@ -1,4 +1,4 @@
-"""A disk under spool and database that is full when the agent is stopped: nothing is lost without a word."""
+"""Spool and database on a full disk, when the agent stops or starts: nothing is lost without a log entry."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SIZE_MIB = 192
 
 NAME = r"none_\d{6}_"
 
-_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN of linux/fs.h: from then on every write fails, as on a disk that died
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN of linux/fs.h: every later write fails, as on a broken disk
 
 
 def run(*words: object) -> None:
-    """Run a program that needs privileges; where it is not permitted the test is skipped."""
+    """Run a program that needs privileges. The test is skipped without them."""
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
     if done.returncode:
         unavailable(f"{words[0]}: {done.stderr.strip()}")
 
 
 class Disk:
-    """A small file system of its own."""
+    """A small mounted file system."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._ballast = path / "ballast"
 
     def fill(self) -> None:
-        """Leave not one byte."""
+        """Use up every byte."""
         with open(self._ballast, "ab", buffering=0) as ballast:
             size = 0
             for portion in (1 << 20, 4096, 512, 1):
@@ -55,7 +55,7 @@ class Disk:
         assert shutil.disk_usage(self.path).free == 0
 
     def die(self) -> None:
-        """Refuse every access from now on."""
+        """Fail every later access."""
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(folder, _SHUTDOWN, (2).to_bytes(4, sys.byteorder))
@@ -63,7 +63,7 @@ class Disk:
             os.close(folder)
 
     def free(self) -> None:
-        """Take the ballast away."""
+        """Remove the ballast."""
         self._ballast.unlink()
 
 
@@ -88,7 +88,7 @@ def ext4(folder: Path) -> Iterator[Disk]:
     image = folder / "image"
     with open(image, "wb") as file:
         file.truncate(SIZE_MIB << 20)
-    run(require("mkfs.ext4"), "-q", "-m", "0", image)  # nothing of it is reserved for root
+    run(require("mkfs.ext4"), "-q", "-m", "0", image)  # no blocks reserved for root
     try:
         with mounted(folder / "ext4", "-o", "loop", image) as disk:
             yield disk
@@ -107,7 +107,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def started(folder: Path, router: Router, disk: Disk) -> Iterator[tuple[Agent, SmurfServer]]:
-    """An agent whose database and spool lie on the disk, and a sender whose files lie elsewhere."""
+    """An agent with database and spool on the disk, and a sender with its files elsewhere."""
     with (
         Agent(folder / "agent", router, db_path=disk.path / "suprsync.db") as agent,
         SmurfServer(folder / "server", agent.address) as server,
@@ -125,7 +125,7 @@ def stop(agent: Agent) -> None:
     assert taken < 10
 
 
-def test_registrations_on_a_full_disk_outlive_sigterm(disk: Disk, no_router: Router, tmp_path: Path) -> None:
+def test_registrations_on_a_full_disk_survive_sigterm(disk: Disk, no_router: Router, tmp_path: Path) -> None:
     with started(tmp_path, no_router, disk) as (agent, server):
         disk.fill()
         sent = send_files(server, 500)
@@ -142,7 +142,7 @@ def test_registrations_on_a_full_disk_outlive_sigterm(disk: Disk, no_router: Rou
         assert agent.stop() == 0
 
 
-def test_the_disk_is_full_and_free_again_without_a_stop(disk: Disk, no_router: Router, tmp_path: Path) -> None:
+def test_registration_resumes_when_the_disk_has_room_again(disk: Disk, no_router: Router, tmp_path: Path) -> None:
     with started(tmp_path, no_router, disk) as (agent, server):
         disk.fill()
         sent = send_files(server, 500)
@@ -152,13 +152,33 @@ def test_the_disk_is_full_and_free_again_without_a_stop(disk: Disk, no_router: R
         assert agent.stop() == 0
 
 
+def test_an_agent_starts_on_a_disk_that_filled_up_after_it_was_stopped(
+    disk: Disk, no_router: Router, tmp_path: Path
+) -> None:
+    with started(tmp_path, no_router, disk) as (agent, server):
+        assert agent.stop() == 0
+        disk.fill()
+        agent.start()
+        agent.wait_listening()
+        sent = send_files(server, 500)
+        hostile.wait_read(agent.udp_port)
+        stop(agent)
+        assert {path_of(entry["message"]) for entry in entries(agent)} >= set(sent)
+
+        disk.free()
+        agent.start()
+        agent.wait_listening()
+        wait_rows(agent, sent, 20)
+        assert agent.stop() == 0
+
+
 def in_log(agent: Agent) -> set[str]:
-    """Numbered names in the log; long paths are shortened there, in their middle."""
+    """Numbered names in the log, which shortens long paths in the middle."""
     return set(re.findall(NAME, agent.log))
 
 
-def test_what_finds_no_room_is_logged_by_path(disk: Disk, no_router: Router, tmp_path: Path) -> None:
-    """More than a reserve may hold: 3,000 registrations of 4 kB."""
+def test_registrations_without_room_are_logged_by_path(disk: Disk, no_router: Router, tmp_path: Path) -> None:
+    """3,000 registrations of 4 kB exceed the reserve."""
     payload = data_file(f"{tmp_path}/{'d' * 250}{'/d' * 1700}/none_@_.txt", action="a", action_ts="1700000000")
     datagram = hostile.encode({**hostile.envelopes()[0], "payload": payload})
     with started(tmp_path, no_router, disk) as (agent, _):
@@ -175,7 +195,7 @@ def test_what_finds_no_room_is_logged_by_path(disk: Disk, no_router: Router, tmp
         assert agent.stop() == 0
 
 
-def test_what_a_disk_that_died_does_not_take_is_logged_by_path(no_router: Router, tmp_path: Path) -> None:
+def test_registrations_on_a_broken_disk_are_logged_by_path(no_router: Router, tmp_path: Path) -> None:
     if os.geteuid():
         unavailable("mounting needs root")
     files = tmp_path / "files"

@@ -91,7 +91,7 @@ def test_lines_are_dropped_and_counted_and_files_registered(piped: Piped) -> Non
     wait_registered(piped.agent, paths, 60)
     piped.agent.wait_for(lambda: piped.dropped() > 0, 20, "counted dropped lines")
     dropped = piped.dropped()
-    report = piped.agent.wait_for(lambda: piped.reads(rb"dropped (\d+) lines .*event=log_dropped.*\n"), 20, "reported")
+    report = piped.agent.wait_for(lambda: piped.reads(rb"Dropped (\d+) lines? .*event=log_dropped.*\n"), 20, "reported")
 
     assert int(report[1]) >= dropped
     assert piped.dropped() == int(report[1]), "no line is dropped any more"

@@ -1,11 +1,12 @@
-"""Whatever one registration comes to, all the others are registered, also after a restart."""
+"""Whatever happens to one registration, all others are registered, also after a restart."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
-import time
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,51 +14,54 @@ from typing import Any
 import ocs
 import pytest
 
+from socs_monitor.cli.health import State
+from socs_monitor.registration.lookup import RETRY_MAX_S, Policy
 from socs_monitor.wire.publisher import Publisher, data_file
 from tests.attack import spoolfile
+from tests.chain import Chain, Clock, execute
 from tests.evidence import entries, path_of, send_files, spool_of, wait_rows
 from tests.hung import hung_folder
 from tests.integration.test_cli import command, site
-from tests.testbed.processes import Agent, Router
+from tests.testbed.processes import OWN_BIN, Agent, Router
 from tests.testbed.smurf_server import SmurfServer
 
 DAY_S = 86_400
 
 
 def announce(agent: Agent, path: str) -> None:
-    """Send one registration of a path that need not be there."""
+    """Send one registration of a path that need not exist."""
     with contextlib.closing(Publisher("crate1slot2", agent.address)) as publisher:
         publisher.data_file(path, action="take_iv", action_ts="1700000000")
 
 
 def message(path: object) -> str:
-    """A registration as it is kept in the spool."""
+    """Return a registration as the spool stores it."""
     payload = data_file("", timestamp=1_700_000_000, action="take_iv", action_ts="1700000000")
     return json.dumps({"id": "crate1slot2", "type": "data_file", "payload": {**payload, "path": path}})
 
 
 def fate(agent: Agent, part: str) -> tuple[str, str]:
-    """State and reason of the only entry of the spool whose message holds `part`."""
+    """Return state and reason of the only spool entry whose message contains `part`."""
     ((state, reason),) = [(entry["state"], entry["reason"]) for entry in entries(agent) if part in entry["message"]]
     return state, reason or ""
 
 
-def check_that_it_alone_suffers(router: Router, folder: Path, path: str, reason: str) -> None:
-    """Of all that is announced only `path` is not registered, and it says why; a restart changes nothing."""
+def check_only_this_one_fails(router: Router, folder: Path, path: str, reason: str) -> None:
+    """Check that every file but `path` is registered, that its reason is shown, and the same after a restart."""
     agent = Agent(folder / "agent", router)
     with agent, SmurfServer(folder / "server", agent.address) as server:
         agent.wait_listening()
         announce(agent, path)
         wait_rows(agent, send_files(server, 12), 10)
         name = path[-200:]
-        agent.wait_for(lambda: reason in fate(agent, name)[1], 10, "says why it could not register the one")
+        agent.wait_for(lambda: reason in fate(agent, name)[1], 10, "gave the reason")
         assert fate(agent, name)[0] in ("waiting", "dead")
         assert agent.stop() == 0
 
         agent.start()
         agent.wait_listening()
         wait_rows(agent, send_files(server, 12), 10)
-        agent.wait_for(lambda: fate(agent, name)[0] in ("waiting", "dead"), 10, "has put the one aside")
+        agent.wait_for(lambda: fate(agent, name)[0] in ("waiting", "dead"), 10, "gave the reason again")
         assert reason in fate(agent, name)[1]
         assert "Traceback" not in agent.log, agent.log[-3000:]
         assert agent.stop() == 0
@@ -66,14 +70,14 @@ def check_that_it_alone_suffers(router: Router, folder: Path, path: str, reason:
 def test_a_path_longer_than_the_kernel_takes(no_router: Router, tmp_path: Path) -> None:
     path = f"{tmp_path}/{'x/' * 2100}{'y' * 253}"
     assert len(path) > 4096
-    check_that_it_alone_suffers(no_router, tmp_path, path, "File name too long")
+    check_only_this_one_fails(no_router, tmp_path, path, "File name too long")
 
 
-@pytest.mark.parametrize("length", [252, 255])  # with .npy it is longer than a file system takes
+@pytest.mark.parametrize("length", [252, 255])  # with .npy, longer than a file system allows
 def test_a_loop_of_links(no_router: Router, tmp_path: Path, length: int) -> None:
     path = tmp_path / ("z" * length)
     path.symlink_to(path.name)
-    check_that_it_alone_suffers(no_router, tmp_path, str(path), "Too many levels of symbolic links")
+    check_only_this_one_fails(no_router, tmp_path, str(path), "Too many levels of symbolic links")
 
 
 @pytest.mark.parametrize(
@@ -83,12 +87,12 @@ def test_a_loop_of_links(no_router: Router, tmp_path: Path, length: int) -> None
 def test_a_file_system_that_refuses(no_router: Router, tmp_path: Path, number: int, reason: str) -> None:
     with hung_folder(tmp_path / "mount") as folder:
         folder.fail(number)
-        check_that_it_alone_suffers(no_router, tmp_path, str(folder.path / ("z" * 253)), reason)
+        check_only_this_one_fails(no_router, tmp_path, str(folder.path / ("z" * 253)), reason)
 
 
-# --- entries that the running version cannot use
+# --- entries that this version cannot use
 
-# What somebody else, another version or a damaged disk left in the spool's messages.
+# Messages that another program, another version or a damaged disk left in the spool.
 GARBAGE: dict[str, str | bytes] = {
     "empty": "",
     "cut": message("/data/x.txt")[:40],
@@ -110,7 +114,7 @@ GARBAGE: dict[str, str | bytes] = {
 
 
 def of_this_version(agent: Agent) -> None:
-    """Let the agent make its spool."""
+    """Let the agent create its spool."""
     with agent:
         agent.wait_listening()
         assert agent.stop() == 0
@@ -129,7 +133,7 @@ def write_real(folder: Path, count: int) -> list[str]:
 
 
 def wait_dead(agent: Agent, count: int) -> list[dict[str, Any]]:
-    """Wait until the running agent has so many dead letters, and return them as its task lists them."""
+    """Wait until the running agent has `count` dead letters, and return what its task lists."""
     client = agent.client()
     agent.wait_for(lambda: client.list_failed().session["data"].get("total") == count, 15, f"has {count} dead letters")
     reply = client.list_failed()
@@ -162,18 +166,28 @@ def test_a_spool_with_garbage(router: Router, tmp_path: Path, begin: Callable[[A
         agent.start()
         agent.wait_listening()
         wait_rows(agent, send_files(server, 12), 10)
-        wait_dead(agent, len(GARBAGE))
+        assert all(letter["refused"] for letter in wait_dead(agent, len(GARBAGE)))
         assert command("failed", "retry", *site(agent))
         wait_rows(agent, send_files(server, 12), 10)
         wait_dead(agent, len(GARBAGE))
         assert agent.stop() == 0
 
 
-def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> None:
-    """An earlier version made them dead letters, and took them for messages."""
+def test_status_of_a_stopped_agent_with_garbage(router: Router, tmp_path: Path) -> None:
     agent = Agent(tmp_path / "agent", router)
     of_this_version(agent)
-    spoolfile.insert(spool_of(agent), GARBAGE.values(), state="dead", reason="of old", attempts=3)
+    spoolfile.insert(spool_of(agent), GARBAGE.values())
+    status = [OWN_BIN / "socs-monitor", "status", "--brief", "--site-file", agent.site_config]
+    asked = subprocess.run(status, capture_output=True, text=True, timeout=60, check=False)
+    assert (asked.returncode, asked.stderr) == (State.NOT_RUNNING.value, "")
+    assert "backlog" in asked.stdout
+
+
+def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> None:
+    """An earlier version stored these as dead letters."""
+    agent = Agent(tmp_path / "agent", router)
+    of_this_version(agent)
+    spoolfile.insert(spool_of(agent), GARBAGE.values(), state="dead", reason="of an earlier version", attempts=3)
     assert f"{len(GARBAGE)} of {len(GARBAGE)} dead letters" in command("failed", "list", *site(agent))
     with agent, SmurfServer(tmp_path / "server", agent.address) as server:
         agent.wait_listening()
@@ -184,7 +198,7 @@ def test_dead_letters_that_cannot_be_parsed(router: Router, tmp_path: Path) -> N
         assert agent.stop() == 0
 
 
-# Columns beside a good message, of which none is a reason not to register the file.
+# Odd columns of a good message; its file has to be registered all the same.
 ODD_COLUMNS: tuple[dict[str, Any], ...] = (
     {"received": float("inf")},
     {"received": -1e308},
@@ -212,32 +226,27 @@ def test_odd_columns_beside_a_good_message(no_router: Router, tmp_path: Path, be
         assert agent.stop() == 0
 
 
-def test_files_that_were_missed_for_seventeen_hours(no_router: Router, tmp_path: Path) -> None:
-    agent = Agent(tmp_path / "agent", no_router, options=[["--give-up-after", DAY_S]])
-    of_this_version(agent)
-    missing = {attempts: str(tmp_path / f"missing_{attempts}.txt") for attempts in (1023, 1024, 1025, 2**62)}
-    old = {"received": time.time() - 17 * 3600, "state": "waiting", "due": 0.0, "reason": "of old"}
-    for attempts, path in missing.items():
-        spoolfile.insert(spool_of(agent), [message(path)], attempts=attempts, **old)
-    late = write_real(tmp_path / "real", 1)
-    spoolfile.insert(spool_of(agent), [message(late[0])], attempts=2**63 - 1, **old)
-    with agent, SmurfServer(tmp_path / "server", agent.address) as server:
-        agent.wait_listening()
-        wait_rows(agent, send_files(server, 12), 10)
+def test_files_that_were_missed_for_seventeen_hours(tmp_path: Path) -> None:
+    """Step by step, with a clock of the test's own: the next attempt is a minute away."""
+    clock = Clock()
+    chain = Chain(tmp_path, clock, clock.monotonic, Policy(give_up_after=DAY_S))
+    missing = {attempts: f"missing_{attempts}.txt" for attempts in (1023, 1024, 1025, 2**62)}
+    old = {"received": clock() - 17 * 3600, "state": "waiting", "due": 0.0, "reason": "missing"}
+    for attempts, name in {**missing, 2**63 - 1: "late.txt"}.items():
+        spoolfile.insert(chain.spool_path, [message(str(chain.path(name)))], attempts=attempts, **old)
+    chain.reopen()
+    chain.step()
+    chain.accept("new.txt")
+    expected = {name: chain.write(name, name.encode()) for name in ("late.txt", "new.txt")}
+    chain.step()
+    clock.advance(RETRY_MAX_S)
+    chain.step()
 
-        def looked_again() -> bool:
-            found = {path_of(entry["message"]): entry for entry in entries(agent)}
-            return all(
-                found[path]["attempts"] > attempts or found[path]["state"] == "dead"
-                for attempts, path in missing.items()
-            )
-
-        agent.wait_for(looked_again, 75, "has looked for the missing files again")  # a retry may be a minute away
-        for attempts, path in missing.items():
-            state, reason = fate(agent, path)
-            assert "No such file or directory" in reason
-            assert state == "waiting" or attempts == 2**62
-        wait_rows(agent, late, 10)
-        wait_rows(agent, send_files(server, 12), 10)
-        assert "Traceback" not in agent.log, agent.log[-3000:]
-        assert agent.stop() == 0
+    assert chain.sums() == expected
+    stored = execute(chain.spool_path, "SELECT message, state, attempts, reason FROM registrations")
+    found = {os.path.basename(path_of(text)): rest for text, *rest in stored}
+    for attempts, name in missing.items():
+        state, attempts_now, reason = found[name]
+        assert "No such file or directory" in reason
+        assert (state, attempts_now) == ("waiting", attempts + 1) or attempts == 2**62
+    chain.crash()

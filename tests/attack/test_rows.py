@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ocs.ocs_client import OCSClient
 
-from socs_monitor.wire.messages import brief
 from socs_monitor.wire.publisher import Publisher
+from socs_monitor.wire.text import sanitize
 from tests.chain import execute
 from tests.integration.test_end_to_end import files
 from tests.socs import server_root, suprsync
@@ -102,13 +102,13 @@ def test_no_registration_means_anything_to_the_shell_of_the_archive_host(
 
     assert not list(tmp_path.rglob("PWNED")), "a command was executed on the archive host"
     assert done.copied == [(str(good), True)]
-    assert reasons.keys() == {brief(str(path)) for path in bad}
+    assert reasons.keys() == {sanitize(str(path)) for path in bad}
     for path, reason in reasons.items():
         assert "is not allowed" in reason, path
         assert reason.endswith("socs-monitor send"), path
 
 
-def test_a_file_that_is_no_timestream_is_never_deleted_as_one(agent: StartAgent, root: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_timestream_is_never_deleted_as_one(agent: StartAgent, root: Path, tmp_path: Path) -> None:
     stays = [
         root / "smurf_data" / "tune" / "1700000000_tune.npy",
         root / "smurf_data" / "status" / "1700000000_status.g3",
@@ -196,7 +196,7 @@ def test_a_link_retargeted_before_it_was_copied_loses_its_row(link: Link, tmp_pa
 
 
 @pytest.mark.parametrize("becomes", ["a directory", "a character device"])
-def test_a_path_that_is_no_file_any_more_loses_its_row(link: Link, becomes: str) -> None:
+def test_a_path_that_is_no_longer_a_file_loses_its_row(link: Link, becomes: str) -> None:
     link.retarget(Path("/dev/null") if becomes == "a character device" else link.root)
     link.wait_refused(f"{becomes}, not a regular file" if becomes == "a directory" else becomes)
     assert link.rows_of(link.path) == []

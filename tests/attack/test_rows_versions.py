@@ -133,7 +133,7 @@ def test_a_corrected_file_is_archived_although_a_person_ignored_the_former_one(s
     assert site.archived() == b"corrected"
 
 
-def test_an_archived_version_stays_when_another_action_overwrites_the_file_before_the_second_look(site: Site) -> None:
+def test_an_archived_version_stays_when_another_action_overwrites_the_file_before_the_recheck(site: Site) -> None:
     site.write(b"v1")
     site.announce("a1")
     site.suprsync()

@@ -1,4 +1,4 @@
-"""However much is to be read of a few enormous files, a real one is registered within seconds."""
+"""However much there is to read of a few enormous files, a real file is registered within seconds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ MANY = 300
 
 
 def make_sparse(path: Path, *sizes: int) -> None:
-    """Make a file without content of the first of these sizes (bytes) that the file system takes."""
+    """Create a sparse file with the first of these sizes (bytes) that the file system allows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for size in sizes:
-            with contextlib.suppress(OSError):  # larger than this file system's files may be
+            with contextlib.suppress(OSError):  # too large for this file system
                 file.truncate(size)
                 return
-    raise AssertionError(f"{path.parent} takes no file of {min(sizes)} bytes")
+    raise AssertionError(f"{path.parent} allows no file of {min(sizes)} bytes")
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 def test_enormous_files_and_one_that_is_announced_many_times(no_router: Router, tmp_path: Path) -> None:
     stream = tmp_path / "so" / "timestreams" / "17000" / "crate1slot2"
@@ -50,7 +51,7 @@ def test_enormous_files_and_one_that_is_announced_many_times(no_router: Router, 
             streamer.g3_file(str(path))
         for number in range(MANY):
             pysmurf.data_file(str(large), action=f"action_{number}", action_ts="1700000000")
-        agent.wait_for(lambda: len(entries(agent)) >= 2 + MANY, 10, "has them in its spool")
+        agent.wait_for(lambda: len(entries(agent)) >= 2 + MANY, 10, "spooled them")
 
         begin = time.monotonic()
         streamer.g3_file(str(real))
@@ -62,7 +63,7 @@ def test_enormous_files_and_one_that_is_announced_many_times(no_router: Router, 
         assert max(small) < 3
 
         copies = lambda: sum(row["local_path"] == str(large) for row in agent.rows())  # noqa: E731
-        agent.wait_for(lambda: copies() == MANY, 60, "has registered the large file under each action")
+        agent.wait_for(lambda: copies() == MANY, 60, "registered the large file for every action")
         print(f"all {MANY} registrations of the file of 1 GiB: {time.monotonic() - begin:.1f} s")
         assert not {str(path) for path in enormous} & {row["local_path"] for row in agent.rows()}
 

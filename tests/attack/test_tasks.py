@@ -1,4 +1,4 @@
-"""Operations that anybody may start by mistake: nothing is discarded by one click, and nothing holds up a stop."""
+"""Operations that may be started by mistake: no single click discards anything, and nothing delays a stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StartAgent = Callable[..., Agent]
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Path:
-    """A folder of timestreams with a hundred million files, nearly all of which are there through links."""
+    """Create a folder of timestreams with a hundred million files, nearly all of them through links."""
     files_, streams, root = (tmp_path / name for name in ("files", "streams", "timestreams"))
     for folder in (files_, streams, root):
         folder.mkdir()
@@ -38,13 +38,13 @@ def endless(tmp_path: Path) -> Path:
 
 
 def outcome(reply: Any) -> tuple[bool, str]:
-    """Whether a Task succeeded, and what it said last."""
+    """Return whether a task succeeded, and its last message."""
     assert reply.session["status"] == "done"
     return reply.session["success"], [text for _, text in reply.session["messages"] if "Status is now" not in text][-1]
 
 
 def start_backfill(monitor: Agent, client: OCSClient, root: Path, dry_run: bool) -> None:
-    """Start one, and wait until it is well on its way."""
+    """Start a backfill, and wait until it has seen 5,000 files."""
     assert client.backfill.start(root=str(root), dry_run=dry_run).status == ocs.OK
     monitor.wait_for(lambda: seen(client) > 5000, 30, "runs the backfill")
 
@@ -53,7 +53,7 @@ def seen(client: OCSClient) -> int:
     return client.backfill.status().session.get("data", {}).get("seen", 0)
 
 
-def test_discard_without_a_word_of_what_discards_nothing(agent: StartAgent, tmp_path: Path) -> None:
+def test_discard_without_ids_discards_nothing(agent: StartAgent, tmp_path: Path) -> None:
     monitor = with_dead_letters(agent, [tmp_path / name for name in ("one.txt", "two.txt", "three.txt")])
     client = monitor.client()
 
@@ -65,9 +65,9 @@ def test_discard_without_a_word_of_what_discards_nothing(agent: StartAgent, tmp_
         assert files(client)["dead"] == 3
 
     (first, *_) = [letter["id"] for letter in client.list_failed().session["data"]["failed"]]
-    assert outcome(client.discard_failed(ids=[first])) == (True, "1 dead letters discarded.")
+    assert outcome(client.discard_failed(ids=[first])) == (True, "1 dead letter discarded.")
     assert outcome(client.discard_failed(all=True)) == (True, "2 dead letters discarded.")
-    monitor.wait_for(lambda: files(client)["dead"] == 0, 10, "discarded them")
+    monitor.wait_for(lambda: files(client)["dead"] == 0, 10, "discarded all")
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
@@ -84,7 +84,7 @@ def test_the_command_discards_nothing_either(agent: StartAgent, tmp_path: Path, 
 
 
 def with_database(agent: StartAgent, folder: Path) -> Agent:
-    """An agent that has registered a file, so that there is a database."""
+    """Start an agent and register a file, so that there is a database."""
     monitor = agent()
     wait_registered(monitor, announce(monitor, folder, 1))
     return monitor
@@ -101,7 +101,7 @@ def test_a_backfill_can_be_aborted_and_started_again(agent: StartAgent, endless:
         assert "aborted" in said
 
 
-def test_who_interrupts_the_command_aborts_the_backfill(agent: StartAgent, endless: Path, tmp_path: Path) -> None:
+def test_interrupting_the_command_aborts_the_backfill(agent: StartAgent, endless: Path, tmp_path: Path) -> None:
     monitor = with_database(agent, tmp_path / "data")
     client = monitor.client()
 
@@ -116,6 +116,7 @@ def test_who_interrupts_the_command_aborts_the_backfill(agent: StartAgent, endle
     assert "aborted" in said
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_backfill_delays_no_stop(agent: StartAgent, endless: Path, tmp_path: Path, dry_run: bool) -> None:
     monitor = with_database(agent, tmp_path / "data")

@@ -1,6 +1,6 @@
-"""Spool, intake, registrar and database, killed at any moment while they accept and register files.
+"""Spool, intake, registrar and database, killed at random moments while they accept and register files.
 
-``SOCS_MONITOR_CRASH_ROUNDS`` is the number of kills; `make crash` does more than CI.
+``SOCS_MONITOR_CRASH_ROUNDS`` is the number of kills; `make crash` sets it to 5,000.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tests.crash.worker import AGAIN, NAMES
 from tests.evidence import check_registered
 from tests.testbed.processes import OWN_BIN, Process, rows, wait_until
 
-ROUNDS = int(os.environ.get("SOCS_MONITOR_CRASH_ROUNDS", "200"))
+ROUNDS = int(os.environ.get("SOCS_MONITOR_CRASH_ROUNDS", "100"))
 
-# Seconds that a worker lives: some die while they start, some live until files have settled.
+# Seconds for which a child lives: some die while they start, some live until files were re-checked.
 LIVES = ((0.0, 0.03), (0.0, 0.15), (0.03, 0.15), (0.3, 0.6))
 
 
 class Worker(Process):
-    """The worker process, and what its children wrote down.
+    """The worker process, and what its children reported.
 
     Attributes:
         acknowledged: Files whose registration was acknowledged.
-        unsure: Of these, the files that were about to be changed, with no acknowledgement of it.
-        late: Files that were registered, or nearly, before they were there.
+        unsure: Files of these that were being changed when the child died.
+        late: Files that were announced, or nearly so, before they existed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,24 +60,24 @@ class Worker(Process):
                 self.unsure.discard(argument)
 
     def child(self) -> int | None:
-        """Process id of the child that is alive."""
+        """Return the process id of the living child."""
         self.read()
         return self._child
 
     def kill_child(self, after_s: float) -> None:
-        """Kill the next child some time after it began, read all that it wrote down, and write what it owes."""
+        """Kill the next child after some time, read its report, and write the files that it still had to write."""
         child = self.wait_for(self.child, 20, "began")
-        time.sleep(after_s)  # the random moment
+        time.sleep(after_s)  # the random moment of its death
         deaths = self.deaths
         os.kill(child, signal.SIGKILL)
         self.wait_for(lambda: (self.read(), self.deaths > deaths)[1], 20, "was killed")
         while self.late:
             with contextlib.suppress(FileExistsError), open(self.late.pop(), "xb") as file:
-                file.write(b"written by somebody else, since its sender has died")
+                file.write(b"written by another process, since its sender died")
 
 
 @pytest.mark.timeout(120 + ROUNDS)
-def test_what_was_acknowledged_is_registered_once(tmp_path: Path) -> None:
+def test_acknowledged_files_are_registered_once(tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -91,7 +91,7 @@ def test_what_was_acknowledged_is_registered_once(tmp_path: Path) -> None:
         worker.kill_child(0.0)
         (tmp_path / "names.new").write_text("\n".join(os.path.basename(path) for path in worker.unsure))
         (tmp_path / "names.new").rename(tmp_path / NAMES)
-        wait_until(lambda: worker.exit_code is not None, 90, "everything is registered")
+        wait_until(lambda: worker.exit_code is not None, 90, "all files are registered")
         worker.read()
         assert worker.exit_code == 0, worker.log[-3000:]
 

@@ -1,17 +1,17 @@
-"""A monitor without OCS that is killed again and again, and what it writes down of what it did.
+"""A monitor without OCS that is killed again and again, and reports what it did.
 
-``python -m tests.crash.worker FOLDER`` forks one child after the other (so that each begins within milliseconds);
-the child is a sender and a monitor in one, and goes on until it is killed. On standard output, line by line, each
-handed to the kernel before anything else is done::
+``python -m tests.crash.worker FOLDER`` forks one child after the other, so that each starts within milliseconds. A
+child is both sender and monitor, and runs until it is killed. It reports on standard output, and hands each line to the
+kernel before it does anything else::
 
     begin PID     a child has begun
-    late PATH     it is about to register a file that is not there
+    late PATH     it is about to register a file that does not exist
     change PATH   it is about to change a file that is registered
     ack PATH      the registration of a file is acknowledged, its change done
-    died PID      it was killed, and all that it wrote is above
+    died PID      it was killed; its whole report is above
 
-Once there is a file FOLDER/again, a child waits until FOLDER/names is there, too, registers the files that this names,
-line by line, waits until everything is settled, and ends; the worker ends with it.
+Once FOLDER/again exists, a child waits for FOLDER/names, registers the files that it lists, one a line, waits until all
+files are re-checked, and ends. The worker ends with it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def say(*words: object) -> None:
 
 
 class Child:
-    """Sender and monitor."""
+    """A sender and a monitor in one process."""
 
     def __init__(self, folder: Path) -> None:
         self.random = random.Random(os.getpid())
-        # to set room aside takes as long as most children live; some die meanwhile
+        # reserving disk space takes longer than most children live, so only some do it, and die meanwhile
         limits = {} if self.random.random() < 0.2 else {"reserve": 0}
         self.chain = Chain(folder, policy=Policy(settle_after=SETTLE_S), threads=True, **limits)
         self.chain.intake.start()
@@ -64,7 +64,7 @@ class Child:
         for number in itertools.count():
             self.random.choice(ways)(f"{os.getpid()}-{number}.dat")
             if self.random.random() < 0.3:
-                time.sleep(self.random.random() * 0.01)
+                time.sleep(self.random.random() * 0.01)  # random pacing
 
     def plain(self, name: str) -> None:
         self.chain.write(name, self.content())
@@ -78,10 +78,10 @@ class Child:
     def growing(self, name: str) -> None:
         begin = time.monotonic()
         self.plain(name)
-        time.sleep(self.random.random() * SETTLE_S / 6)  # its row is there, or not
+        time.sleep(self.random.random() * SETTLE_S / 6)  # a random moment: its row is written, or not yet
         say("change", self.chain.path(name))
         self.chain.write(name, self.content() * 2)
-        if time.monotonic() < begin + SETTLE_S / 2:  # else it may have been too slow to be noticed
+        if time.monotonic() < begin + SETTLE_S / 2:  # a later change may come after the re-check
             say("ack", self.chain.path(name))
 
     def overwritten(self, name: str) -> None:
@@ -91,11 +91,11 @@ class Child:
         self.register(name)
 
     def finish(self, names: Path) -> None:
-        wait_until(names.exists, 60, "names are there")
+        wait_until(names.exists, 60, "the names are written")
         for name in names.read_text().split():
             self.register(name)
         spool = self.chain.spool
-        wait_until(lambda: spool.counts["received"] == spool.counts["settled"], 60, "everything is settled")
+        wait_until(lambda: spool.counts["received"] == spool.counts["settled"], 60, "all files are re-checked")
         self.chain.registrar.stop()
         self.thread.join()
         self.chain.intake.close()

@@ -1,4 +1,4 @@
-"""docker-compose.yml as the tests of this folder run it."""
+"""The system in docker-compose.yml, run as a project of its own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 import yaml
 from ocs.ocs_client import OCSClient
 
-from tests.testbed.processes import ROOT, free_tcp_port, free_udp_port, rows, wait_until
+from tests.testbed.ports import free_tcp_port, free_udp_port
+from tests.testbed.processes import ROOT, rows, wait_until
 from tests.testbed.smurf_server import Message, SmurfServer
 
 AGENT = "ocs-pysmurf-monitor"
 ROUTER = "ocs-crossbar"
 HEALTH = ["socs-monitor", "status", "--brief"]
-# Whatever this shell or a .env has for a real system must not reach into the tests.
+# Settings of a real system, from this shell or a .env, must not affect the tests.
 DEFAULTS = {
     **{"CB_HOST": "127.0.0.1", "SOCS_TAG": "latest", "OCS_CONFIG_DIR": "./docker/config", "DATA_DIR": "/data"},
     **{"INFLUXDB_PASSWORD": "", "GRAFANA_PASSWORD": ""},
@@ -30,7 +31,7 @@ DEFAULTS = {
 
 
 def fault_of_engine() -> str | None:
-    """Why there is no Docker here, or None."""
+    """Return why Docker cannot be used, or None."""
     if shutil.which("docker") is None:
         return "docker is not installed"
     for command in (["docker", "info"], ["docker", "compose", "version"]):
@@ -44,7 +45,7 @@ def fault_of_engine() -> str | None:
 
 
 class System:
-    """docker-compose.yml, as a project of its own: other names, tags and ports, a scratch folder, else as shipped."""
+    """docker-compose.yml as shipped, but with other names, tags and ports, and a scratch folder."""
 
     def __init__(self, folder: Path) -> None:
         self.name = f"socs-monitor-test-{os.getpid()}"
@@ -52,7 +53,7 @@ class System:
         self.router_port = free_tcp_port()
         self.udp_port = free_udp_port()
         self.data = folder / "data"
-        # `so` is there, as on a SMuRF server, and `databases` is not
+        # `so` exists, as on a SMuRF server; `databases` does not
         (self.data / "so" / "timestreams").mkdir(parents=True)
         config_dir = folder / "config"
         config_dir.mkdir()
@@ -91,16 +92,16 @@ services:
 
     @property
     def http_url(self) -> str:
-        """Where clients call."""
+        """HTTP address, for clients."""
         return f"http://127.0.0.1:{self.router_port}/call"
 
     @property
     def database(self) -> Path:
-        """The database as this host sees it."""
+        """Path of the database on this host."""
         return self.data / "so" / "databases" / "suprsync.db"
 
     def compose(self, *arguments: str, check: bool = True, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-        """Run `docker compose`; where it fails, so does the test, with what it and the containers said."""
+        """Run `docker compose`. If it fails, the test fails and shows its output and the containers' logs."""
         done = subprocess.run(
             [*self._compose, *arguments], env=self._env, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
         )
@@ -109,7 +110,7 @@ services:
         return done
 
     def log(self, *services: str) -> str:
-        """What the services have printed lately."""
+        """Return the last 100 log lines of each service."""
         return self.compose("logs", "--no-color", "--tail", "100", *services, check=False).stdout
 
     def execute(
@@ -119,22 +120,22 @@ services:
         return self.compose("exec", "-T", *options, service, *command, check=False)
 
     def health(self) -> subprocess.CompletedProcess[str]:
-        """Ask the agent's health check now."""
+        """Run the agent's health check now."""
         return self.execute(HEALTH)
 
     def inspect(self, service: str = AGENT) -> dict[str, Any]:
-        """What the engine says about a service's container."""
+        """Return the engine's description of a service's container."""
         container = self.compose("ps", "-aq", service).stdout.strip()
         (found,) = json.loads(subprocess.check_output(["docker", "inspect", container]))
         return found
 
     def client(self) -> OCSClient:
-        """A real client of the agent, as soon as the agent answers the router's calls."""
+        """Return a real client, as soon as the agent answers calls via the router."""
 
         def connected() -> OCSClient | None:
             try:
                 return OCSClient("pysmurf-monitor", args=["--site-file", self._site_file, "--site-http", self.http_url])
-            except RuntimeError:  # what OCS raises while the agent has not registered
+            except RuntimeError:  # OCS raises this while the agent is not connected
                 return None
 
         return wait_until(connected, 90, "the agent answers a client")
@@ -144,19 +145,19 @@ services:
         return self._env["OCS_CONFIG_DIR"] + "/default.yaml"
 
     def smurf_server(self) -> SmurfServer:
-        """A SMuRF server that writes into the scratch folder and sends to the agent."""
+        """Return a SMuRF server that writes to the scratch folder and sends to the agent."""
         return SmurfServer(self.data, ("127.0.0.1", self.udp_port), seen_as="/data")
 
     def wait_healthy(self, said: str = "all well\n") -> None:
-        """Wait until the health check says so."""
+        """Wait until the output of the health check begins with `said`."""
         wait_until(lambda: self.health().stdout.startswith(said), 90, f"the health check says {said!r}")
 
     def wait_for_engine(self, status: str, service: str = AGENT) -> None:
-        """Wait until the engine, which asks by itself, says so of a service's health."""
+        """Wait until the engine's own checks give a service this health status."""
         wait_until(lambda: self.inspect(service)["State"]["Health"]["Status"] == status, 60, f"{service} is {status}")
 
     def wait_registered(self, sent: Sequence[Message]) -> None:
-        """Wait until each file that was sent has its row, and none has two; a later server may name a file again."""
+        """Wait until each announced file has a row, and check that no row is repeated."""
         files = {message.file for message in sent}
         wait_until(lambda: files <= self.registered(), 30, f"{len(files)} files are registered")
         found = Counter((row["archive_name"], row["local_path"], row["remote_path"]) for row in rows(self.database))
@@ -164,17 +165,17 @@ services:
         assert not twice, twice
 
     def registered(self) -> set[str]:
-        """The paths in the database."""
+        """Return the paths in the database."""
         return {row["local_path"] for row in rows(self.database)}
 
     def beside(self, user: str, *command: str) -> list[str]:
-        """The command line that runs a command on the data in another container, as another user."""
+        """Return the command line that runs a command in another container with the data, as another user."""
         run = ["docker", "run", "--rm", "--interactive", "--user", user, "--volume", f"{self.data}:/data"]
         return [*run, "--entrypoint", command[0], f"socs-monitor:{self.name}", *command[1:]]
 
     @contextlib.contextmanager
     def locked_database(self) -> Iterator[None]:
-        """Another process holds the write lock."""
+        """Let another process hold the write lock."""
         hold = (
             "import sqlite3, sys; db = sqlite3.connect('/data/so/databases/suprsync.db', isolation_level=None); "
             "db.execute('BEGIN IMMEDIATE'); print('locked', flush=True); sys.stdin.read()"
@@ -189,7 +190,7 @@ services:
         assert holder.returncode == 0
 
     def remove(self) -> None:
-        """Take everything away again, also what belongs to the agent's user."""
+        """Remove everything, including the files of the agent's user."""
         self.compose("stop", check=False)
         subprocess.run(self.beside("root", "rm", "-rf", "/data/so/databases"), capture_output=True, timeout=60)
         self.compose("down", "--volumes", "--rmi", "all", "--timeout", "5")

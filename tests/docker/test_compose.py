@@ -1,4 +1,4 @@
-"""The images and docker-compose.yml, built and run as a site does, beside whatever else this host runs."""
+"""The images and docker-compose.yml, built and run as a site does, without disturbing other systems on the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOTH_ARCHIVES = ("npy", "png", "txt", "tune", "g3")
 
 
 def config(*options: str) -> dict[str, Any]:
-    """What compose makes of its file, with these options of its own."""
+    """Return the configuration that compose reads, with these options."""
     command = ["docker", "compose", "--env-file", ".env.example", *options, "config", "--format", "json"]
     env = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
     done: dict[str, Any] = json.loads(subprocess.check_output(command, cwd=ROOT, env=env))
@@ -59,7 +59,7 @@ def test_env_example_holds_the_defaults(engine: None) -> None:
     assert with_example == without
 
 
-def test_profile_monitoring_adds_three_services_that_nobody_else_reaches(engine: None) -> None:
+def test_profile_monitoring_adds_three_services_for_this_host_only(engine: None) -> None:
     plain, monitoring = config(), config("--profile", "monitoring")
     assert "volumes" not in plain
     assert set(monitoring["volumes"]) == {"influxdb", "grafana"}
@@ -132,7 +132,7 @@ def test_database_folder_is_shared_in_the_group(system: System) -> None:
     folder = system.database.parent.stat()
     assert (folder.st_uid, folder.st_gid, oct(folder.st_mode & 0o7777)) == (1000, 1001, "0o2775")
     assert system.database.stat().st_gid == 1001
-    # what exists is not touched
+    # existing folders are not changed
     assert (system.data / "so").stat().st_uid == os.getuid()
 
 
@@ -157,7 +157,7 @@ def test_files_are_registered_without_a_router(system: System) -> None:
     system.compose("stop", ROUTER)
     try:
         system.compose("restart", AGENT)
-        system.wait_healthy("all well; the router does not answer")
+        system.wait_healthy("all well; The router at ")
         with system.smurf_server() as server:
             sent = server.send(server.messages(10, BOTH_ARCHIVES))
         system.wait_registered(sent)
@@ -170,7 +170,7 @@ def test_files_are_registered_without_a_router(system: System) -> None:
 def test_killed_agent_comes_back(system: System) -> None:
     before = system.inspect()["RestartCount"]
     system.execute(["sh", "-c", "kill -KILL $(cat /proc/1/task/1/children)"])
-    wait_until(lambda: system.inspect()["RestartCount"] == before + 1, 60, "Docker starts the agent again")
+    wait_until(lambda: system.inspect()["RestartCount"] == before + 1, 60, "Docker has restarted the agent")
     system.wait_healthy()
     with system.smurf_server() as server:
         sent = server.send(server.messages(10, BOTH_ARCHIVES))
@@ -181,17 +181,17 @@ def test_stop_is_clean_and_loses_nothing(system: System) -> None:
     client = system.client()
 
     def pending() -> int:
-        files = client.run.status().session["data"].get("files", {})  # empty in the first second
+        files = client.run.status().session["data"].get("files", {})  # absent in the first second
         return files.get("pending", 0)
 
-    before = system.registered()  # the emulator may name a file as an earlier one did
+    before = system.registered()  # the SMuRF server may reuse a name
     with system.locked_database(), system.smurf_server() as server:
         sent = server.send(server.messages(50, BOTH_ARCHIVES))
         wait_until(lambda: pending() == len(sent), 30, "the agent has accepted what was sent")
         assert system.registered() == before
         system.compose("stop", AGENT)
     state = system.inspect()["State"]
-    # a container that has to be killed has 137
+    # 137 if it had to be killed
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         probe.bind(("127.0.0.1", system.udp_port))

@@ -1,4 +1,4 @@
-"""The container's health check, asked as Docker asks it."""
+"""The container's health check, run as Docker runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_health_check_is_healthy(system: System) -> None:
     system.wait_for_engine("healthy", ROUTER)
 
 
-def test_health_check_sees_run_stopped(system: System) -> None:
+def test_health_check_reports_that_run_is_stopped(system: System) -> None:
     client = system.client()
     client.run.stop()
     client.run.wait(timeout=20)
@@ -31,14 +31,14 @@ def test_health_check_sees_run_stopped(system: System) -> None:
     finally:
         client.run.start()
     assert done.returncode == 4
-    assert done.stdout.startswith("not running; run: it is done")
+    assert done.stdout.startswith("not running; run: The operation run is done")
     system.wait_healthy()
 
 
-def test_health_check_sees_that_files_do_not_get_through(system: System) -> None:
+def test_health_check_reports_that_files_are_not_registered(system: System) -> None:
     with system.locked_database(), system.smurf_server() as server:
         sent = server.send(server.messages(5))
-        wait_until(lambda: system.health().returncode == 3, 30, "the health check says degraded")
+        wait_until(lambda: system.health().returncode == 3, 30, "the health check reports degraded")
         assert system.health().stdout.startswith("degraded; database: the database")
         system.wait_for_engine("unhealthy")
     system.wait_registered(sent)
@@ -46,28 +46,28 @@ def test_health_check_sees_that_files_do_not_get_through(system: System) -> None
     system.wait_for_engine("healthy")
 
 
-def test_health_check_sees_an_agent_that_hangs(system: System) -> None:
+def test_health_check_reports_an_agent_that_hangs(system: System) -> None:
     with silent_router() as port:
         done = system.execute(HEALTH, options=["--env", f"SITE_HTTP=http://127.0.0.1:{port}/call"])
     assert done.returncode == 1
-    assert "does not answer within 6 s, though the router does" in done.stdout
+    assert "did not reply within 6 s" in done.stdout
 
 
-def test_health_check_sees_an_agent_that_is_not_on_the_router(system: System) -> None:
+def test_health_check_reports_an_agent_that_is_not_connected(system: System) -> None:
     done = system.execute(HEALTH, options=["--env", "INSTANCE_ID=somebody-else"])
     assert done.returncode == 1
-    assert done.stdout.startswith("unknown; agent: the agent somebody-else does not answer over the router")
+    assert done.stdout.startswith("unknown; agent: The router is up, but no agent 'somebody-else' is connected")
 
 
 @pytest.mark.parametrize(
     ("command", "code", "said"),
     [
         # a process that has the agent's spool and no socket, as an agent that lost it
-        ("flock /data/so/databases/suprsync.db.pysmurf-monitor.spool.lock", 3, "degraded; socket: the agent does not"),
-        ("", 4, "not running; agent: no process has its spool open"),
+        ("flock /data/so/databases/suprsync.db.pysmurf-monitor.spool.lock", 3, "degraded; socket: The agent does not"),
+        ("", 4, "not running; agent: The agent is not running: messages"),
     ],
 )
-def test_health_check_sees_without_a_router_what_is_wrong(system: System, command: str, code: int, said: str) -> None:
+def test_health_check_works_without_a_router(system: System, command: str, code: int, said: str) -> None:
     words = ["run", "--rm", "--no-deps", "--env", "SITE_HTTP=http://127.0.0.1:1/call", "--entrypoint", "dumb-init"]
     system.compose("stop", AGENT)
     try:
@@ -82,7 +82,7 @@ def test_the_command_works_in_the_container(system: System) -> None:
     doctor = system.execute(["socs-monitor", "doctor"])
     assert doctor.returncode == 0, doctor.stdout
     assert "failure" not in doctor.stdout
-    for found in ("the agent listens on", "it answers, and the agent by way of it", "/data is there"):
+    for found in ("The agent listens on", "The router is up, and the agent answers.", "/data exists and can be read."):
         assert found in doctor.stdout
     files = system.execute(["socs-monitor", "files", "--json", "--limit", "5"]).stdout.splitlines()
     assert [json.loads(line) for line in files] == rows(system.database)[-5:]

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --seconds N`: fuzz the parser and the whole monitor, ever new, until the time is over."""
+"""`python -m tests.fuzz --seconds N`: fuzz the parser and the whole monitor for N seconds, with random seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fuzz.target import check_monitor, check_parse, datagrams
 
 
 def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], examples: int) -> int:
-    """Check values, and return how many; one that fails is raised, and shown in its least form."""
+    """Check `examples` values and return their number. A failure is raised, with the smallest example that fails."""
     count = 0
 
     @seed(random.randrange(2**63))

@@ -1,4 +1,4 @@
-"""What is fuzzed: the parser, and the whole way of a datagram through a monitor made by hand."""
+"""The fuzz targets: the parser, and a whole monitor that is constructed by hand."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.testbed.processes import rows
 ADDRESS = ("127.0.0.1", 40000)
 REASONS = {hostile.EMPTY, hostile.NOT_JSON, hostile.WRONG}
 
-# Datagrams that once did harm, as they came.
+# Datagrams that once did harm.
 CORPUS = Path(__file__).parent / "corpus"
 
-# Stands for the folder of a bench in what is drawn.
+# Placeholder for the folder of the files, in drawn datagrams.
 FOLDER = "/FOLDER"
 
 _NAMES = ("x.txt", "y.npy", "y", "fifo", "folder", "link", "..", "none", "a/b/z.g3", "a/../x.txt")
 
 
 def datagrams() -> st.SearchStrategy[bytes]:
-    """Real messages, whole or damaged in every way, and what is none at all."""
+    """Draw real messages, whole or damaged in every way, and arbitrary bytes."""
     paths = st.sampled_from(_NAMES).map(lambda name: f"{FOLDER}/{name}")
     envelopes = st.sampled_from(hostile.envelopes(f"{FOLDER}/x.txt"))
     values = json_values() | st.sampled_from(hostile.ODD_VALUES) | paths | nasty_text()
@@ -57,7 +57,7 @@ def datagrams() -> st.SearchStrategy[bytes]:
 
 
 def _replace(envelope: dict[str, Any], where: str, index: int, value: Any) -> dict[str, Any]:
-    """Put another value into one of the fields, or leave it out."""
+    """Replace one field's value, or remove the field."""
     inner = envelope["payload"] if where == "payload" else envelope
     if not isinstance(inner, dict) or not inner:
         return {**envelope, "payload": value}
@@ -71,7 +71,7 @@ def _replace(envelope: dict[str, Any], where: str, index: int, value: Any) -> di
 
 
 def registrations() -> list[dict[str, Any]]:
-    """Well-formed registrations of everything that is in the folder of a bench."""
+    """Return well-formed registrations of everything in the folder of files."""
     return [
         {**envelope, "payload": {**envelope["payload"], "path": f"{FOLDER}/{name}"}}
         for envelope in hostile.envelopes()
@@ -89,22 +89,22 @@ def _splice(datagram: bytes, at: int, length: int, insert: bytes) -> bytes:
 
 
 def check_parse(datagram: bytes) -> None:
-    """A datagram is one message, also as text, or one error with a known reason."""
+    """Check that a datagram is one message, also as text, or one error with a known reason."""
     try:
         message = messages.parse(datagram)
     except MessageError as error:
-        assert error.reason in REASONS, error  # noqa: PT017 (what is raised is as good as what is returned)
+        assert error.reason in REASONS, error  # noqa: PT017 (an error is a valid result)
         return
     assert type(message) in messages.Message.__args__
     assert {"type", "payload"} <= message.envelope.keys()
     assert repr(messages.parse(datagram.decode(errors="surrogatepass"))) == repr(message)
-    if isinstance(message, (messages.DataFile, messages.G3File)):
+    if isinstance(message, messages.FileMessage):
         message.text.encode()  # the spool can hold it
         assert repr(messages.parse_file(message.text).meta) == repr(message.meta)
 
 
 class StubAgent:
-    """Of an OCSAgent what the feeds use; refuses what OCS or the way to the router would refuse."""
+    """Stand-in for the parts of OCSAgent that the feeds use. It refuses what OCS or the router would refuse."""
 
     def __init__(self) -> None:
         self.log = MagicMock()
@@ -127,9 +127,9 @@ class StubAgent:
 
 
 def check_monitor(batch: Sequence[bytes]) -> dict[str, Any]:
-    """A monitor takes any datagrams, does what is to be done, accounts for them all, and writes no harmful row.
+    """Check that a monitor accepts any datagrams, accounts for all of them, and writes no harmful row.
 
-    Returns what its session data tells of files.
+    Returns the counts of files in its session data.
     """
     folder = tempfile.mkdtemp(prefix="fuzz-")
     try:
@@ -167,7 +167,7 @@ def _check_monitor(batch: Sequence[bytes], folder: str) -> dict[str, Any]:
         monitor._intake.close()
     assert ok, text
     assert not [reason for reason in reasons if "unexpected" in reason]
-    for level in ("error", "failure", "critical"):  # dead letters that were refused are warnings
+    for level in ("error", "failure", "critical"):  # refused registrations are warnings
         assert not getattr(monitor.log, level).called, getattr(monitor.log, level).call_args
     shown = session.data
     files: dict[str, Any] = shown["files"]

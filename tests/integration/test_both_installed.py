@@ -1,4 +1,4 @@
-"""Where `socs` and this package are installed side by side, as while a site moves over."""
+"""`socs` and this package in one environment, as during a migration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ socs_monitor = socs_monitor.plugin
 
 
 def _beside_socs(folder: Path) -> dict[str, str]:
-    """Environment that adds this package to the one of the published socs, with its plugin."""
+    """Return environment variables that add this package and its plugin to the environment of the published socs."""
     metadata = folder / "packages" / "socs_monitor-0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: socs-monitor\nVersion: 0\n")
@@ -23,7 +23,7 @@ def _beside_socs(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT}:{metadata.parent}"}
 
 
-def test_ocs_warns_that_two_plugins_have_the_class(tmp_path: Path) -> None:
+def test_ocs_warns_about_two_plugins_with_the_class(tmp_path: Path) -> None:
     python = require(PEER_BIN / "python")
     found = subprocess.run(
         [python, "-c", "from ocs.agent_cli import build_agent_list as b; print(b()['PysmurfMonitor']['module'])"],

@@ -1,4 +1,4 @@
-"""`socs-monitor completion`: asked in a real shell."""
+"""`socs-monitor completion` in real shells."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_bash_completes_files(script: Path, tmp_path: Path) -> None:
     assert [path.rstrip("/") for path in offered(script, "backfill", start)] == [f"{start}folder"]
 
 
-def test_zsh_takes_its_script(tmp_path: Path) -> None:
+def test_the_zsh_script_is_generated(tmp_path: Path) -> None:
     script = tmp_path / "_socs-monitor"
     script.write_text(command("completion", "zsh"))
     assert script.read_text().startswith("#compdef socs-monitor")
     assert "--watch" in script.read_text()
 
 
-def test_the_script_does_not_ask_python_at_each_tab() -> None:
+def test_the_script_does_not_start_python() -> None:
     assert str(OWN_BIN) not in command("completion", "bash")
     assert "python" not in command("completion", "bash").lower()

@@ -116,7 +116,7 @@ def night(router: Router, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pysmurf.data_file("/dev/zero")
         for _ in range(LOST):
             pysmurf.encode({}, "general")
-        pysmurf.general({})
+        pysmurf.publish({})
         monitor.wait_for(lambda: len(monitor.rows()) == len(sent), 20, "registered the files")
 
         sender = stack.enter_context(contextlib.closing(Publisher("flood", monitor.address)))
@@ -196,14 +196,14 @@ SEEN: dict[tuple[str, str], Check] = {
     ("Spool", "used"): within(1000, 1e7),
     ("Spool", "limit"): last(lambda night: 1 << 30),
     ("Stream open, by stream", "$tag_feed"): open_streams,
-    ("Messages of no use", "malformed"): total(lambda night: FLOOD - night.dropped),
-    ("Messages of no use", "refused"): total(lambda night: 0),
-    ("Messages of no use", "unpublished"): total(lambda night: 0),
+    ("Rejected messages", "malformed"): total(lambda night: FLOOD - night.dropped),
+    ("Rejected messages", "refused"): total(lambda night: 0),
+    ("Rejected messages", "unpublished"): total(lambda night: 0),
     ("Files received and registered", "received"): total(lambda night: night.registered + 2),
     ("Files received and registered", "registered"): total(lambda night: night.registered),
     ("Files received and registered", "discarded"): total(lambda night: 0),
     ("UDP socket", "listens"): last(lambda night: 1),
-    ("UDP socket", "bound anew"): last(lambda night: 0),
+    ("UDP socket", "bound again"): last(lambda night: 0),
     ("UDP socket", "receive buffer"): last(lambda night: BUFFER),
 }
 # What each alert rule compares.

@@ -1,4 +1,4 @@
-"""The real agent, started by `ocs-agent-cli` against a real router: rows, operations, and how it starts and stops."""
+"""The real agent, started by `ocs-agent-cli` with a real router: its rows, its operations, its start and its stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 
-# What a start may log only if something is wrong.
+# Words that the log of a healthy agent must not contain.
 TROUBLE = re.compile(r"traceback|warn|error|exception|unhandled|deprecat", re.IGNORECASE)
 
 
@@ -45,27 +45,27 @@ def announce(agent: Agent, folder: Path, count: int, name: str = "file") -> list
 
 
 def wait_registered(agent: Agent, paths: list[str], deadline_s: float = 20) -> None:
-    """Wait until the database has a row of each path, in this order, and none else."""
+    """Wait until the database has a row for each path, in this order, and no other row."""
     agent.wait_for(lambda: len(agent.rows()) >= len(paths), deadline_s, f"registered {len(paths)} files")
     assert [row["local_path"] for row in agent.rows()] == paths
 
 
 def data(client: OCSClient) -> dict[str, Any]:
-    """The session data of `run`; empty before the first."""
+    """Return the session data of `run`; empty before its first update."""
     return client.run.status().session.get("data") or {}
 
 
 def files(client: OCSClient) -> dict[str, Any]:
-    """The part of the session data that accounts for files."""
+    """Return the counts of files in the session data."""
     return data(client).get("files", {})
 
 
 def wait_running(agent: Agent, client: OCSClient) -> None:
-    agent.wait_for(lambda: client.run.status().session.get("status") == "running", 10, "runs `run`")
+    agent.wait_for(lambda: client.run.status().session.get("status") == "running", 10, "started `run`")
 
 
 def wait_ended(client: OCSClient) -> dict[str, Any]:
-    """Wait until `run` ends, see that it did so with success, and return its session."""
+    """Wait until `run` ends successfully, and return its session."""
     reply = client.run.wait(timeout=30)
     assert (reply.status, reply.session["success"]) == (ocs.OK, True), reply
     session: dict[str, Any] = reply.session
@@ -73,7 +73,7 @@ def wait_ended(client: OCSClient) -> dict[str, Any]:
 
 
 def stop_run(client: OCSClient) -> float:
-    """Stop `run`, see that it ended well, and return the seconds that it took."""
+    """Stop `run`, check that it succeeded, and return the seconds that it took."""
     begin = time.monotonic()
     assert client.run.stop().status == ocs.OK
     wait_ended(client)
@@ -131,7 +131,8 @@ def test_the_session_data_accounts_for_every_message(agent: StartAgent, tmp_path
     assert len(json.dumps(shown)) < 100_000
 
 
-def test_run_starts_by_itself_and_picks_files_up_as_they_come(agent: StartAgent, tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_run_starts_by_itself_and_registers_files_as_they_arrive(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     wait_running(monitor, monitor.client())
     took: list[float] = []
@@ -142,9 +143,10 @@ def test_run_starts_by_itself_and_picks_files_up_as_they_come(agent: StartAgent,
         wait_registered(monitor, sent)
         took.append(time.monotonic() - begin)
 
-    assert statistics.median(took) < 0.4, took  # the harness looks every 0.02 s; a polling agent would be seen here
+    assert statistics.median(took) < 0.4, took  # the test polls every 0.02 s; an agent that polls would fail
 
 
+@pytest.mark.alone
 def test_a_client_stops_run_within_a_second_and_starts_it_again_any_number_of_times(
     agent: StartAgent, tmp_path: Path
 ) -> None:
@@ -158,14 +160,14 @@ def test_a_client_stops_run_within_a_second_and_starts_it_again_any_number_of_ti
         assert client.run.start().status == ocs.OK
         wait_registered(monitor, sent)
     assert stop_run(client) < 1
-    # the second looks at the files were interrupted each time, and are had again: rows stay as they are
+    # each stop interrupted the re-checks; they are repeated, and rows stay as they are
     before = monitor.rows()
     assert client.run.start().status == ocs.OK
-    monitor.wait_for(lambda: files(client).get("settling") == len(sent), 10, "took all files up again")
+    monitor.wait_for(lambda: files(client).get("settling") == len(sent), 10, "re-checks all files again")
     assert monitor.rows() == before
 
 
-def test_what_comes_while_run_is_stopped_waits_for_it(agent: StartAgent, tmp_path: Path) -> None:
+def test_files_announced_while_run_is_stopped_wait_for_it(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     client = monitor.client()
     wait_running(monitor, client)
@@ -178,7 +180,7 @@ def test_what_comes_while_run_is_stopped_waits_for_it(agent: StartAgent, tmp_pat
     wait_registered(monitor, sent)
 
 
-def test_files_outlive_a_restart_of_the_agent(agent: StartAgent, tmp_path: Path) -> None:
+def test_pending_files_survive_a_restart_of_the_agent(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     client = monitor.client()
     wait_running(monitor, client)
@@ -192,7 +194,7 @@ def test_files_outlive_a_restart_of_the_agent(agent: StartAgent, tmp_path: Path)
 
 
 def unread_bytes(router: Router) -> int:
-    """Bytes that the router has sent and its clients have not yet read."""
+    """Return the number of bytes that the router has sent and its clients have not read."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(int(line[4].split(":")[1], 16) for line in lines if line[2].endswith(f":{router.port:04X}"))
 
@@ -206,9 +208,9 @@ def test_in_test_mode_run_handles_what_has_arrived_and_stops(
     assert client.run.status().session == {}, "run was started at start-up"
     for turn in range(1, 3):
         with ThreadPoolExecutor(1) as pool:
-            os.kill(monitor.pid, signal.SIGSTOP)  # so that the kernel still holds all of it when run begins
+            os.kill(monitor.pid, signal.SIGSTOP)  # so that the kernel still holds every datagram when run starts
             start = pool.submit(client.run.start, **params)
-            wait_until(lambda: unread_bytes(router) > 0, 10, "the call lies at the agent's door")
+            wait_until(lambda: unread_bytes(router) > 0, 10, "the call has reached the agent's socket")
             sent = announce(monitor, tmp_path / "data", 300, f"turn{turn}")
             os.kill(monitor.pid, signal.SIGCONT)
             assert start.result().status == ocs.OK
@@ -240,7 +242,9 @@ def test_test_mode_is_also_a_parameter_of_one_start(agent: StartAgent, tmp_path:
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["no database", "a database without tables"])
-def test_without_a_table_nothing_is_lost_and_run_says_why(agent: StartAgent, tmp_path: Path, exists: bool) -> None:
+def test_without_a_table_nothing_is_lost_and_run_gives_the_reason(
+    agent: StartAgent, tmp_path: Path, exists: bool
+) -> None:
     monitor = agent(options=[["--create-table", False]])
     if exists:
         monitor.db_path.touch()
@@ -262,7 +266,7 @@ def test_without_a_table_nothing_is_lost_and_run_says_why(agent: StartAgent, tmp
     database.register([])
     database.close()
     wait_registered(monitor, sent)
-    monitor.wait_for(lambda: data(client).get("degraded") == {}, 10, "is well again")
+    monitor.wait_for(lambda: data(client).get("degraded") == {}, 10, "recovered")
     assert client.run.status().session["degraded"] is False
 
 
@@ -281,7 +285,7 @@ def test_the_module_is_a_program_of_its_own(router: Router, tmp_path: Path) -> N
     assert not TROUBLE.search(monitor.log), monitor.log
 
 
-def test_start_work_and_stop_log_neither_trouble_nor_warning(agent: StartAgent, tmp_path: Path) -> None:
+def test_a_healthy_agent_logs_no_warning(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     wait_running(monitor, monitor.client())
     wait_registered(monitor, announce(monitor, tmp_path / "data", 10))
@@ -294,7 +298,7 @@ def test_start_work_and_stop_log_neither_trouble_nor_warning(agent: StartAgent, 
 
 
 def test_sql_statements_are_logged_on_request_only(agent: StartAgent, tmp_path: Path) -> None:
-    silent, echoing = agent(), agent(options=[["--echo-sql"]], instance="echoing")
+    silent, echoing = agent(), agent(options=[["--echo-sql"]], instance="echoing-monitor")
     for monitor in (silent, echoing):
         wait_registered(monitor, announce(monitor, tmp_path / "data", 1))
 
@@ -302,7 +306,7 @@ def test_sql_statements_are_logged_on_request_only(agent: StartAgent, tmp_path: 
     assert "INSERT INTO" not in silent.log
 
 
-def test_a_message_as_large_as_senders_make_them_is_registered(agent: StartAgent, tmp_path: Path) -> None:
+def test_the_largest_message_of_a_sender_is_registered(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     path = tmp_path / "x.txt"
     path.touch()

@@ -1,4 +1,4 @@
-"""The real agent and a database that cannot be written: files are taken on, none is lost, and it says what is wrong."""
+"""The real agent and a database that cannot be written: files are accepted, none is lost, and the reason is shown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
 import sqlite3
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,28 +18,25 @@ import pytest
 from ocs.ocs_client import OCSClient
 
 from tests.evidence import check_registered, send_files, spool_of, spooled, wait_acknowledged, wait_registered
-from tests.testbed.processes import OWN_BIN, Agent, Process, Router, require
+from tests.testbed.processes import OWN_BIN, Agent, Process, Router, require, unavailable
 from tests.testbed.smurf_server import SmurfServer
 
 StartAgent = Callable[..., Agent]
 
 GARBAGE = b"This is no database.\n" * 1000
 
-# An id that is not root's, to whom modes do not apply.
-SOMEBODY = 1000
-
 _HOLD_LOCK = """
-import sqlite3, sys, time
+import signal, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=20)
 connection.execute("BEGIN IMMEDIATE")
 print("locked", flush=True)
-time.sleep(1000)
+signal.pause()
 """
 
 
 @contextlib.contextmanager
 def locked(db_path: Path) -> Iterator[None]:
-    """Another process holds the write lock."""
+    """Let another process hold the write lock."""
     holder = Process([OWN_BIN / "python", "-c", _HOLD_LOCK, db_path], db_path.with_name("holder.log"))
     with holder:
         holder.wait_log("^locked$")
@@ -51,13 +46,13 @@ def locked(db_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Callable[[Agent], SmurfServer]]:
-    """Makes the SMuRF server that sends to an agent."""
+    """Start a SMuRF server that sends to an agent."""
     with contextlib.ExitStack() as stack:
         yield lambda agent: stack.enter_context(SmurfServer(tmp_path / "data", agent.address))
 
 
 def degraded(client: OCSClient) -> dict[str, str]:
-    """Why the agent is degraded; and it runs."""
+    """Return the reasons why the running agent is degraded, by condition."""
     session: dict[str, Any] = client.run.status().session
     assert session["status"] == "running"
     reasons: dict[str, str] = session["data"]["degraded"]
@@ -65,31 +60,31 @@ def degraded(client: OCSClient) -> dict[str, str]:
 
 
 def files(client: OCSClient) -> dict[str, int]:
-    """The part of the session data that accounts for files."""
+    """Return the counts of files in the session data."""
     counts: dict[str, int] = client.run.status().session["data"]["files"]
     return counts
 
 
 def wait_degraded(agent: Agent, client: OCSClient, reason: str, condition: str = "database") -> None:
-    """Wait until the session says that, and why."""
+    """Wait until the session shows the condition with this reason."""
     agent.wait_for(
         lambda: re.search(reason, degraded(client).get(condition, "")), 15, f"was degraded because of {reason}"
     )
 
 
 def wait_well(agent: Agent, client: OCSClient) -> None:
-    agent.wait_for(lambda: not degraded(client), 5, "was well again")
+    agent.wait_for(lambda: not degraded(client), 5, "recovered")
 
 
 def lines(agent: Agent, pattern: str) -> int:
-    """Number of lines of its log with a pattern."""
+    """Return the number of log lines that match a pattern."""
     return len(re.findall(f"^.*{pattern}.*$", agent.log, re.MULTILINE))
 
 
 # --- locked
 
 
-def test_a_lock_longer_than_any_time_out_is_waited_out(
+def test_a_lock_longer_than_any_timeout_is_waited_out(
     agent: StartAgent, server: Callable[[Agent], SmurfServer]
 ) -> None:
     monitor = agent()
@@ -102,17 +97,17 @@ def test_a_lock_longer_than_any_time_out_is_waited_out(
         assert time.monotonic() - begin > 7.9
         wait_degraded(monitor, client, "another process holds the write lock")
         wait_acknowledged(monitor, sent, 2)
-        monitor.wait_for(lambda: files(client)["received"] == len(sent), 3, "has shown that it has all")
+        monitor.wait_for(lambda: files(client)["received"] == len(sent), 3, "counted all files")
         assert (files(client)["registered"], files(client)["pending"]) == (3, len(sent) - 3)
     wait_registered(monitor, sent, 4)
     wait_well(monitor, client)
 
-    assert lines(monitor, "holds the write lock") == 1, "one line when it begins"
+    assert lines(monitor, "holds the write lock") == 1, "one line at its begin"
     assert lines(monitor, "the database can be written again") == 1
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_while_it_is_locked_loses_nothing(
+def test_an_end_during_a_lock_loses_nothing(
     agent: StartAgent, server: Callable[[Agent], SmurfServer], end: signal.Signals
 ) -> None:
     monitor = agent()
@@ -141,7 +136,7 @@ def files_of(database: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("with_journal", [True, False], ids=["with its journal", "without its journal"])
-def test_a_deleted_database_is_begun_anew(
+def test_a_deleted_database_is_created_again(
     agent: StartAgent, server: Callable[[Agent], SmurfServer], with_journal: bool
 ) -> None:
     monitor = agent()
@@ -151,14 +146,14 @@ def test_a_deleted_database_is_begun_anew(
     for path in files_of(monitor.db_path)[: None if with_journal else 1]:
         path.unlink()
     sent += send_files(sender, 3)
-    wait_registered(monitor, sent)  # also the first ones, since they had not settled yet
+    wait_registered(monitor, sent)  # the first ones, too: their re-check was still due
     assert not degraded(client)
     assert lines(monitor, "moved away or replaced") == 1
     assert sqlite3.connect(monitor.db_path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 @pytest.mark.parametrize("with_journal", [True, False], ids=["with its journal", "without its journal"])
-def test_garbage_in_the_databases_place_is_never_overwritten(
+def test_garbage_in_place_of_the_database_is_never_overwritten(
     agent: StartAgent, server: Callable[[Agent], SmurfServer], tmp_path: Path, with_journal: bool
 ) -> None:
     monitor = agent()
@@ -173,7 +168,7 @@ def test_garbage_in_the_databases_place_is_never_overwritten(
     monitor.db_path.write_bytes(GARBAGE)
     sent += send_files(sender, 3)
     wait_degraded(monitor, client, "no SQLite database: move it away")
-    monitor.wait_for(lambda: set(spooled(spool_of(monitor))) >= set(sent[3:]), 5, "has the files in its spool")
+    monitor.wait_for(lambda: set(spooled(spool_of(monitor))) >= set(sent[3:]), 5, "spooled the files")
     assert monitor.db_path.read_bytes() == GARBAGE
 
     for path in moved:
@@ -183,22 +178,18 @@ def test_garbage_in_the_databases_place_is_never_overwritten(
     assert lines(monitor, "no SQLite database") == 1
 
 
-# --- not to be written
+# --- not writable
 
 
 @pytest.fixture
-def unprivileged(router: Router) -> Iterator[Agent]:
-    """An agent that modes apply to, and that has a folder of its own; not started."""
-    with tempfile.TemporaryDirectory(prefix="socs-monitor-") as name:
-        folder = Path(name)
-        monitor = Agent(folder, router, env={"COVERAGE_FILE": str(folder / "coverage")})
-        folder.chmod(0o755)
-        if os.geteuid() == 0:
-            shutil.chown(folder, SOMEBODY, SOMEBODY)
-            ids = ["--reuid", str(SOMEBODY), "--regid", str(SOMEBODY), "--clear-groups"]
-            # the kernel forgets about the parent's death when the ids change
-            monitor.command[:0] = [str(require("setpriv")), *ids, "--pdeathsig", "KILL"]
-        yield monitor
+def unprivileged(router: Router, tmp_path: Path) -> Agent:
+    """An agent that obeys file modes, not started. As root it runs without the capabilities that override them."""
+    monitor = Agent(tmp_path / "agent", router)
+    if os.geteuid() == 0:
+        without = "-dac_override,-dac_read_search"
+        drop = [require("setpriv"), f"--bounding-set={without}", f"--inh-caps={without}"]
+        monitor.command[:0] = map(str, drop)
+    return monitor
 
 
 def test_a_database_restored_read_only(unprivileged: Agent) -> None:
@@ -233,7 +224,7 @@ def test_a_file_that_may_not_be_read_yet(unprivileged: Agent) -> None:
         assert message.file
         os.chmod(message.file, 0o000)
         sender.send([message])
-        monitor.wait_for(lambda: spooled(spool_of(monitor)) == {message.file: "waiting"}, 10, "waits")
+        monitor.wait_for(lambda: spooled(spool_of(monitor)) == {message.file: "waiting"}, 10, "waits for it")
         assert lines(monitor, f"{message.file}: Permission denied") == 1
         assert monitor.rows() == []
 
@@ -245,7 +236,7 @@ def test_a_file_that_may_not_be_read_yet(unprivileged: Agent) -> None:
 
 
 def fill(disk: Path) -> Path:
-    """Use up what room a disk has."""
+    """Use up the free space of a disk."""
     filler = disk / "filler"
     with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 512):
@@ -255,14 +246,14 @@ def fill(disk: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
+    """Mount a disk of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"may not mount: {done.stderr}")
+        unavailable(f"mounting needs root: {done.stderr}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -282,7 +273,7 @@ def test_a_full_disk(router: Router, small_disk: Path, tmp_path: Path, spool_too
             wait_degraded(monitor, client, "kept in memory", "spool")
         else:
             wait_degraded(monitor, client, "disk is full")
-            monitor.wait_for(lambda: files(client)["received"] == len(sent), 10, "took all on")
+            monitor.wait_for(lambda: files(client)["received"] == len(sent), 10, "accepted all")
         filler.unlink()
         wait_registered(monitor, sent)
         wait_well(monitor, client)
@@ -294,7 +285,9 @@ def test_files_that_may_not_grow(agent: StartAgent, server: Callable[[Agent], Sm
     client, sender = monitor.client(), server(monitor)
     sent = send_files(sender, 3)
     wait_registered(monitor, sent)
-    sizes = [path.stat().st_size for path in files_of(monitor.db_path)]  # the spool's files are larger: they have room
+    sizes = [
+        path.stat().st_size for path in files_of(monitor.db_path)
+    ]  # the spool's files are larger, so they still have room
     room = 100_000  # for its log
     before = resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(monitor.pid, resource.RLIMIT_FSIZE, (max(sizes) + room, before[1]))

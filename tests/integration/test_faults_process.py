@@ -1,4 +1,4 @@
-"""The real agent at its start and its end: a spool that is of no use, or in use; a stop at the wrong moment."""
+"""The real agent at its start and its end: an unusable spool, a spool in use, a stop at a bad moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.testbed.smurf_server import SmurfServer
 StartAgent = Callable[..., Agent]
 
 
-# --- the spool at the start
+# --- start
 
 
 def garbage(spool: Path) -> None:
@@ -30,7 +30,7 @@ def garbage(spool: Path) -> None:
 
 
 def damaged(spool: Path) -> None:
-    """A spool of this version whose pages are overwritten, but for the first."""
+    """Create a spool of which every page but the first is overwritten."""
     with contextlib.closing(sqlite3.connect(spool)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("CREATE TABLE registrations (id INTEGER PRIMARY KEY, message TEXT)")
@@ -45,7 +45,7 @@ def damaged(spool: Path) -> None:
 def of_another_version(spool: Path) -> None:
     with contextlib.closing(sqlite3.connect(spool)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE what_will_be (id INTEGER)")
+        connection.execute("CREATE TABLE unknown_yet (id INTEGER)")
         connection.execute("PRAGMA user_version = 99")
         connection.commit()
 
@@ -62,7 +62,7 @@ def test_a_spool_that_cannot_be_read_is_set_aside(router: Router, tmp_path: Path
         (aside,) = spool.parent.glob(f"{spool.name}.*.set-aside")
         assert md5_of(aside) == before
         client = agent.client()
-        agent.wait_for(lambda: client.run.status().session.get("data"), 5, "shows its data")
+        agent.wait_for(lambda: client.run.status().session.get("data"), 5, "published its session data")
         problems = [problem["text"] for problem in client.run.status().session["data"]["problems"]]
         assert any(f"set aside as {aside}" in problem for problem in problems), problems
         assert agent.stop() == 0
@@ -81,11 +81,11 @@ def test_a_second_agent_on_the_same_spool_is_refused(agent: StartAgent, router: 
         assert second.rows() == []
 
 
-# --- the end
+# --- end
 
 
 def is_open(agent: Agent, path: Path) -> bool:
-    """Whether the agent has the file open for reading."""
+    """Return whether the agent has begun to read the file."""
     for number in Path(f"/proc/{agent.pid}/fdinfo").iterdir():
         with contextlib.suppress(FileNotFoundError):
             if (

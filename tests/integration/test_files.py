@@ -1,4 +1,4 @@
-"""`socs-monitor files`: the rows of a database that an agent, SupRsync and others write."""
+"""`socs-monitor files` shows the rows of a database that others write."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(path: Path, rows: Sequence[tuple[str, str, float, str | None]]) -> Path
 
 
 def paths(*words: object) -> list[str]:
-    """The local paths that `--json` tells of."""
+    """The local paths in the output of `--json`."""
     return [json.loads(line)["local_path"] for line in command("files", "--json", *words).splitlines()]
 
 
@@ -87,11 +87,11 @@ def test_rows_are_chosen_by_archive_and_copy(database: Path) -> None:
     assert paths("--db-path", database, "--archive", "smurf") == ["/two.npy", "/four.npy"]
     assert paths("--db-path", database, "--uncopied") == ["/two.npy", "/three.g3"]
     assert paths("--db-path", database, "--uncopied", "--archive", "timestreams") == ["/three.g3"]
-    assert "No such rows." in command("files", "--db-path", database, "--archive", "none")
+    assert "No matching rows." in command("files", "--db-path", database, "--archive", "none")
 
 
 @pytest.mark.parametrize("gone", ["ignore = 1", "removed = 1.0"])
-def test_what_supr_sync_will_not_copy_is_not_uncopied(database: Path, gone: str) -> None:
+def test_ignored_and_removed_rows_are_not_uncopied(database: Path, gone: str) -> None:
     with contextlib.closing(sqlite3.connect(database)) as db, db:
         db.execute(f"UPDATE supersync_v0 SET {gone} WHERE local_path = '/two.npy'")
     assert paths("--db-path", database, "--uncopied") == ["/three.g3"]
@@ -119,20 +119,20 @@ def test_rows_are_chosen_by_time(
 
 
 @pytest.mark.parametrize("words", [("--since", "yesterday"), ("--since", "2x"), ("--limit", "0"), ("--limit", "-1")])
-def test_what_is_no_time_or_number_is_wrong_usage(words: Sequence[str]) -> None:
+def test_an_invalid_time_or_number_is_wrong_usage(words: Sequence[str]) -> None:
     assert "usage: socs-monitor files" in command("files", *words, code=2)
 
 
-def test_of_many_rows_the_newest_are_shown_and_that_is_said(tmp_path: Path) -> None:
+def test_only_the_newest_rows_are_shown(tmp_path: Path) -> None:
     many = make(tmp_path / "many.db", [(f"/{number}", "smurf", NOW, None) for number in range(150)])
 
     assert paths("--db-path", many) == [f"/{number}" for number in range(50, 150)]
-    assert "the newest 100 are shown, there are more: --limit" in command("files", "--db-path", many)
-    assert "there are more" not in command("files", "--db-path", many, "--limit", 150)
+    assert "Only the newest 100 are shown. For more, use --limit." in command("files", "--db-path", many)
+    assert "For more" not in command("files", "--db-path", many, "--limit", 150)
     assert paths("--db-path", many, "--limit", 1) == ["/149"]
 
 
-def test_odd_paths_are_shown_as_text(tmp_path: Path) -> None:
+def test_odd_paths_are_displayed_literally(tmp_path: Path) -> None:
     odd = ["/a/[/bold]x", "/a/[red]x", "/a/\x1b[31mred", "/a/\x1b]0;title\x07", "/a/\u202egpj.exe", "/a/x\ny"]
     database = make(tmp_path / "odd.db", [(path, "smurf", NOW, None) for path in odd])
     with contextlib.closing(sqlite3.connect(database)) as db, db:
@@ -145,7 +145,7 @@ def test_odd_paths_are_shown_as_text(tmp_path: Path) -> None:
     assert paths("--db-path", database) == odd
 
 
-def test_a_lock_is_no_hindrance_and_nothing_is_left_behind(database: Path) -> None:
+def test_reading_works_beside_a_writer_and_leaves_no_files(database: Path) -> None:
     before = sorted(os.listdir(database.parent))
     assert len(paths("--db-path", database)) == 4
     assert sorted(os.listdir(database.parent)) == before == ["suprsync.db"]
@@ -157,7 +157,7 @@ def test_a_lock_is_no_hindrance_and_nothing_is_left_behind(database: Path) -> No
         assert paths("--db-path", database) == []
 
 
-def test_a_reader_who_has_enough_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     many = make(tmp_path / "many.db", [(f"/{number}", "smurf", NOW, None) for number in range(2000)])
     for form in ("--json", "--limit=1999"):
         words = f"set -o pipefail; {OWN_BIN}/socs-monitor files --db-path {many} --limit 2000 {form} | head -1"
@@ -166,8 +166,8 @@ def test_a_reader_who_has_enough_is_no_fault(tmp_path: Path) -> None:
         assert done.stdout.count("\n") == 1
 
 
-def test_what_is_no_database_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_database_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "garbage.db").write_bytes(b"garbage" * 1000)
     for name in ("none.db", "garbage.db"):
         said = command("files", "--db-path", tmp_path / name, code=1)
-        assert f"the database {tmp_path / name} cannot be read" in said
+        assert f"The database {tmp_path / name} cannot be read" in said

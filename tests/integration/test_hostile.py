@@ -1,4 +1,4 @@
-"""The running agent and people who mean harm: whatever they send, files, feeds, heartbeat and operations go on."""
+"""The running agent under attack: whatever arrives, files, feeds, the heartbeat and operations continue."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ StartAgent = Callable[..., Agent]
 
 HEARTBEAT = ".feeds.heartbeat"
 
-# However much damage arrives, the log stays smaller than this: lines, and characters of a line.
+# Limits of the log, however much garbage arrives: lines, and characters a line.
 LOG_LINES, LOG_LINE = 200, 3000
 
 
 def counted(client: OCSClient) -> int:
-    """All datagrams that the agent has told of."""
+    """Return the number of datagrams in the session data."""
     shown = data(client)
     return shown["datagrams"]["total"] + sum(shown["malformed"].values())
 
 
 def wait_counted(monitor: Agent, client: OCSClient, count: int) -> None:
-    monitor.wait_for(lambda: counted(client) >= count, 20, f"has counted {count} datagrams")
+    monitor.wait_for(lambda: counted(client) >= count, 20, f"counted {count} datagrams")
     assert counted(client) == count
 
 
 def resident_mib(monitor: Agent) -> float:
-    """Memory of the agent's process that is not swapped out."""
+    """Return the resident memory of the agent's process."""
     status = Path(f"/proc/{monitor.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
@@ -59,7 +59,7 @@ def assert_log_is_bounded(monitor: Agent) -> None:
 
 
 def assert_works(monitor: Agent, client: OCSClient, subscriber: Subscriber, folder: Path) -> None:
-    """Files, both kinds of feeds, the heartbeat and the operations do what they are for, at once."""
+    """Check that files, both kinds of feeds, the heartbeat and the operations work promptly."""
     before, beats = len(monitor.rows()), len(subscriber.messages(HEARTBEAT))
     begin = time.monotonic()
     sent = announce(monitor, folder, 20, "afterwards")
@@ -67,8 +67,8 @@ def assert_works(monitor: Agent, client: OCSClient, subscriber: Subscriber, fold
     with Publisher("STREAMER:fine", monitor.address) as publisher:
         publisher.session_log("still here")
         publisher.metadata("AMCc.x", 1)
-    said = lambda: [message["payload"] for message in subscriber.session_messages()[-1:]]  # noqa: E731
-    monitor.wait_for(lambda: said() == ["still here"], 2, "published a session message")
+    last = lambda: [message["payload"] for message in subscriber.session_messages()[-1:]]  # noqa: E731
+    monitor.wait_for(lambda: last() == ["still here"], 2, "published a session message")
     monitor.wait_for(lambda: subscriber.metadata("fine"), 3, "published metadata")
     monitor.wait_for(lambda: len(subscriber.messages(HEARTBEAT)) > beats, 3, "beat")
     assert client.list_failed().status == ocs.OK
@@ -101,13 +101,13 @@ def test_twenty_thousand_damaged_datagrams_are_counted_and_harm_nothing(
         sent += hostile.send(monitor.udp_port, itertools.islice(hostile.mutated(seed=1), 20_000 - sent))
         assert sent == 20_000
         wait_counted(monitor, client, sent)
-        assert set(data(client)["degraded"]) <= {"messages_lost"}, "which somebody who is allowed to send can fake"
+        assert set(data(client)["degraded"]) <= {"messages_lost"}, "any sender can fake that one"
         assert_works(monitor, client, subscriber, tmp_path / "data")
     assert_log_is_bounded(monitor)
     assert_rows_stay_in_the_archive(monitor)
 
 
-def test_no_registration_gets_a_place_out_of_the_archive(agent: StartAgent, router: Router, tmp_path: Path) -> None:
+def test_no_registration_gets_a_path_outside_the_archive(agent: StartAgent, router: Router, tmp_path: Path) -> None:
     monitor = agent()
     client = monitor.client()
     ((path,), attempts) = announce(monitor, tmp_path / "x" / "y", 1, "secret"), hostile.traversals
@@ -127,14 +127,14 @@ def test_no_registration_gets_a_place_out_of_the_archive(agent: StartAgent, rout
 
 @contextlib.contextmanager
 def no_files(folder: Path) -> Iterator[dict[str, str]]:
-    """Things in a folder that are no regular files: path, and what the agent is to say they are."""
+    """Create things that are not regular files; provides their paths, and what the agent has to call them."""
     folder.mkdir(parents=True)
     kinds = {str(folder / "folder"): "a directory", str(folder / "fifo"): "a FIFO", str(folder / "socket"): "a socket"}
     (folder / "folder").mkdir()
     os.mkfifo(folder / "fifo")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         here = os.getcwd()
-        os.chdir(folder)  # such an address holds no more than 107 bytes
+        os.chdir(folder)  # the address of such a socket has at most 107 bytes
         try:
             listener.bind("socket")
         finally:
@@ -150,7 +150,7 @@ def no_files(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def refusals(monitor: Agent, client: OCSClient, paths: list[str]) -> dict[str, str]:
-    """Register paths, wait until all are refused, and return the reason of each."""
+    """Register paths, wait until all are refused, and return the reasons by path."""
     with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
         for path in paths:
             publisher.data_file(path)
@@ -174,7 +174,7 @@ def test_nothing_but_a_regular_file_is_opened(agent: StartAgent, router: Router,
     assert_log_is_bounded(monitor)
 
 
-def test_files_outside_of_the_data_roots_are_refused_also_through_a_link(agent: StartAgent, tmp_path: Path) -> None:
+def test_files_outside_the_data_roots_are_refused_also_through_a_link(agent: StartAgent, tmp_path: Path) -> None:
     first, second, beside, outside = (tmp_path / name for name in ("first", "second", "first-but-not", "outside"))
     for folder in (first, second, beside, outside):
         folder.mkdir()
@@ -189,12 +189,14 @@ def test_files_outside_of_the_data_roots_are_refused_also_through_a_link(agent: 
     inside = [first / "x.txt", second / "x.txt", first / "in.txt", first / "across.txt"]
     with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
         for number, path in enumerate(inside):
-            publisher.data_file(str(path), action=f"number-{number}")  # two of one name need two places in the archive
+            publisher.data_file(
+                str(path), action=f"number-{number}"
+            )  # files of the same name need different remote paths
     wait_registered(monitor, [str(path) for path in inside])
 
     refused = [
         *(first / "out.txt", first / "folder-out" / "x.txt", outside / "x.txt", beside / "x.txt"),
-        outside / "in.txt",  # it leads inside, but is refused by its text
+        outside / "in.txt",  # its target is inside, but its path is not
         *(Path("/etc/passwd"), Path("/dev/null"), Path("/proc/self/mem"), Path("/etc/there is none")),
         Path(f"{first}/../outside/x.txt"),
     ]
@@ -204,7 +206,8 @@ def test_files_outside_of_the_data_roots_are_refused_also_through_a_link(agent: 
     assert_log_is_bounded(monitor)
 
 
-def test_a_flood_holds_up_neither_heartbeat_nor_operations(agent: StartAgent, router: Router, tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_a_flood_delays_neither_heartbeat_nor_operations(agent: StartAgent, router: Router, tmp_path: Path) -> None:
     monitor = agent()
     client = monitor.client()
     with Subscriber(tmp_path, router) as subscriber, hostile.Flood(tmp_path, monitor.udp_port, 6) as flood:
@@ -221,19 +224,17 @@ def test_a_flood_holds_up_neither_heartbeat_nor_operations(agent: StartAgent, ro
         assert len(beats) > 4, beats
         assert max(gaps) < 3, gaps
         assert max(latencies) < 1.5, latencies
-        hostile.wait_read(monitor.udp_port)  # what the kernel finds no room for, nobody can save
+        hostile.wait_read(monitor.udp_port)  # the kernel drops what finds no room
         assert_works(monitor, client, subscriber, tmp_path / "data")
 
     lost = hostile.queue_of(monitor.udp_port).drops
     useful = 20 + 4
-    monitor.wait_for(
-        lambda: counted(client) == flood.sent + useful - lost, 5, "has counted what the kernel let through"
-    )
-    assert flood.sent - lost > 50_000, "that was no flood"
+    monitor.wait_for(lambda: counted(client) == flood.sent + useful - lost, 5, "counted what the kernel did not drop")
+    assert flood.sent - lost > 50_000, "that was not a flood"
     assert_log_is_bounded(monitor)
 
 
-def test_garbage_does_not_make_the_process_grow(agent: StartAgent) -> None:
+def test_garbage_does_not_grow_the_process(agent: StartAgent) -> None:
     monitor = agent()
     client = monitor.client()
     garbage = [*(datagram for datagram, _ in hostile.damaged()), *itertools.islice(hostile.mutated(seed=2), 10_000)]
@@ -249,7 +250,7 @@ def test_garbage_does_not_make_the_process_grow(agent: StartAgent) -> None:
     assert resident_mib(monitor) - before < 8
 
 
-def test_what_senders_say_does_not_swell_what_the_agent_says(agent: StartAgent, tmp_path: Path) -> None:
+def test_long_texts_from_senders_do_not_grow_the_output(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent()
     client = monitor.client()
     long = "/" + "/".join(["x" * 250] * 200)
@@ -261,7 +262,7 @@ def test_what_senders_say_does_not_swell_what_the_agent_says(agent: StartAgent, 
     ]
     sent = hostile.send(monitor.udp_port, datagrams * 40)
     monitor.wait_for(lambda: files(client).get("received") == sent, 10, "received all")
-    monitor.wait_for(lambda: files(client)["pending"] == 0, 10, "dealt with all")
+    monitor.wait_for(lambda: files(client)["pending"] == 0, 10, "handled all")
 
     assert len(json.dumps(data(client))) < 100_000
     reply = client.list_failed()
@@ -269,10 +270,10 @@ def test_what_senders_say_does_not_swell_what_the_agent_says(agent: StartAgent, 
     assert reply.session["data"]["total"] >= sent / 2
     assert len(json.dumps(reply.session["data"])) < 100_000
     assert_log_is_bounded(monitor)
-    assert not [line for line in monitor.log.splitlines() if line.startswith("b/")], "a sender wrote a line of the log"
+    assert not [line for line in monitor.log.splitlines() if line.startswith("b/")], "a sender wrote a line of its own"
 
 
-def test_names_of_registers_do_not_fill_the_log(agent: StartAgent) -> None:
+def test_register_names_do_not_fill_the_log(agent: StartAgent) -> None:
     monitor = agent()
     client = monitor.client()
     with contextlib.closing(Publisher("STREAMER:s1", monitor.address)) as publisher:
@@ -285,7 +286,7 @@ def test_names_of_registers_do_not_fill_the_log(agent: StartAgent) -> None:
     assert_log_is_bounded(monitor)
 
 
-def test_only_allowed_senders_are_heard(agent: StartAgent, router: Router, tmp_path: Path) -> None:
+def test_only_allowed_senders_are_accepted(agent: StartAgent, router: Router, tmp_path: Path) -> None:
     monitor = agent(options=[["--allow-sender", "127.0.0.2/31", "fd00::/8"]])
     client = monitor.client()
     path = tmp_path / "x.txt"
@@ -319,11 +320,11 @@ def test_one_interface_is_bound(agent: StartAgent, tmp_path: Path, bound: str, r
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.connect((deaf, monitor.udp_port))
         sender.send(b"is anybody there?")
-        with pytest.raises(ConnectionRefusedError):  # the kernel says that nobody listens there
+        with pytest.raises(ConnectionRefusedError):  # the kernel reports that no socket is bound there
             sender.send(b"is anybody there?")
 
 
-def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_path: Path) -> None:
+def test_a_full_spool_refuses_registrations_and_recovers(agent: StartAgent, tmp_path: Path) -> None:
     monitor = agent(options=[["--spool-size", 40_000_000]])
     client = monitor.client()
     assert client.run.stop().status == ocs.OK
@@ -332,7 +333,7 @@ def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_pa
     path.write_text("x")
     large = _registration(path, 60_000)
     sent = hostile.send(monitor.udp_port, [large] * 500)
-    monitor.wait_for(lambda: files(client)["pending"] == 500, 10, "keeps 500 in the spool")
+    monitor.wait_for(lambda: files(client)["pending"] == 500, 10, "spooled 500")
     assert data(client)["degraded"] == {}
 
     sent += hostile.send(monitor.udp_port, [large] * 100)
@@ -345,8 +346,9 @@ def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_pa
     assert "is full (40000000 bytes, --spool-size)" in reason
     assert reason in monitor.log
 
-    in_memory = INBOX_MAX // len(large)  # half of it, since a path is there in the text and by itself
-    sent += hostile.send(monitor.udp_port, [large] * (in_memory + 50))
+    wide = _registration(path, 60_000, comment="µ")  # the agent counts 8 bytes of memory for each of its characters
+    in_memory = INBOX_MAX // (4 * len(wide))  # at most: a path is stored in the text and by itself
+    sent += hostile.send(monitor.udp_port, [wide] * (in_memory + 50))
     wait_counted(monitor, client, sent)
     spooled = files(client)["received"]
     assert 600 < spooled < 800
@@ -354,17 +356,17 @@ def test_a_full_spool_refuses_and_says_so_and_recovers(agent: StartAgent, tmp_pa
     assert sent - spooled - in_memory <= refused < sent - spooled - 0.4 * in_memory
 
     client.run.start()
-    monitor.wait_for(lambda: files(client)["registered"] == sent - refused, 60, "registered what it kept")
-    monitor.wait_for(lambda: data(client)["degraded"] == {}, 10, "is well again")
+    monitor.wait_for(lambda: files(client).get("registered") == sent - refused, 60, "registered all that it accepted")
+    monitor.wait_for(lambda: data(client)["degraded"] == {}, 10, "recovered")
     assert client.run.status().session["degraded"] is False
     assert data(client)["refused"] == {"spool": refused}
     assert [row["local_path"] for row in monitor.rows()] == [str(path)]
     assert_log_is_bounded(monitor)
 
 
-def _registration(path: Path, size: int) -> bytes:
-    """A registration of so many bytes."""
+def _registration(path: Path, size: int, **fields: str) -> bytes:
+    """Return a registration of about `size` bytes."""
     with contextlib.closing(Publisher("crate1slot2")) as publisher:
-        spelled = str(path.parent) + "/." * (size // 2) + f"/{path.name}"  # only a path is kept whole
-        payload: dict[str, Any] = {**hostile.envelopes()[0]["payload"], "path": spelled}
+        spelled = str(path.parent) + "/." * (size // 2) + f"/{path.name}"  # other long texts are cut
+        payload: dict[str, Any] = {**hostile.envelopes()[0]["payload"], "path": spelled, **fields}
         return publisher.encode(payload, "data_file")

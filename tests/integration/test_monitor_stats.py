@@ -23,7 +23,8 @@ from socs_monitor.wire.sequences import GRACE_S
 from tests import hostile
 from tests.chain import write_lock
 from tests.evidence import send_files, wait_registered
-from tests.testbed.processes import Agent, Router, free_udp_port
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import Agent, Router
 from tests.testbed.smurf_server import SmurfServer
 from tests.testbed.subscriber import FeedMessage, Subscriber
 
@@ -190,7 +191,7 @@ def test_what_the_kernel_drops_is_counted(agent: StartAgent) -> None:
     assert shown["datagrams"]["total"] == 102 - shown["lost"]["kernel"]
     assert set(shown["degraded"]) == {"messages_lost", "kernel_drops"}
     assert shown["socket"]["buffer_asked"] == 10_000
-    monitor.wait_log("the kernel dropped .*event=kernel_drops")
+    monitor.wait_log("The kernel dropped .*event=kernel_drops")
 
 
 def test_a_database_that_is_locked_shows_in_the_figures(agent: StartAgent, tmp_path: Path) -> None:

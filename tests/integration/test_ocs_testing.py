@@ -1,4 +1,4 @@
-"""The fixtures of `ocs.testing`, with which the field tests its agents, start and drive this one."""
+"""The fixtures of `ocs.testing`, the field's way to test agents, start and drive this agent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from ocs.ocs_client import OCSClient
 from ocs.testing import create_agent_runner_fixture, create_client_fixture
 
-from tests.testbed.processes import OWN_BIN, ROOT, Agent, Router, free_udp_port, rows, write_site_config
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import OWN_BIN, ROOT, Agent, Router, rows, write_site_config
 from tests.testbed.smurf_server import SmurfServer
 
 run_agent = create_agent_runner_fixture(str(ROOT / "socs_monitor" / "agent.py"), "pysmurf_monitor")
@@ -18,7 +19,7 @@ client = create_client_fixture(Agent.INSTANCE)
 
 
 class Site:
-    """What the fixtures look for in the working directory."""
+    """The files that the fixtures expect in the working directory."""
 
     def __init__(self, folder: Path, router: Router) -> None:
         self.udp_port = free_udp_port()
@@ -31,12 +32,12 @@ class Site:
 def site(tmp_path: Path, router: Router, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{OWN_BIN}:{os.environ['PATH']}")  # the runner starts `python`
-    monkeypatch.setenv("OCS_CONFIG_DIR", "set by the fixtures, and this puts it back")
+    monkeypatch.setenv("OCS_CONFIG_DIR", "the fixtures set this; monkeypatch restores it")
     return Site(tmp_path, router)
 
 
 @pytest.mark.usefixtures("site", "run_agent")
-def test_run_registers_what_came_and_ends(site: Site, client: OCSClient, tmp_path: Path) -> None:
+def test_run_registers_the_announced_files_and_ends(site: Site, client: OCSClient, tmp_path: Path) -> None:
     with SmurfServer(tmp_path / "data", ("127.0.0.1", site.udp_port)) as server:
         sent = server.send(server.messages(12))
     assert client.run.start(test_mode=True).status == ocs.OK

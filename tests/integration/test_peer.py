@@ -1,4 +1,4 @@
-"""Beside the published agent: the same datagrams make the same rows, in the same tables, in either's database."""
+"""Compared with the published agent: the same datagrams make the same rows in the same tables, in either's database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def root() -> Iterator[Path]:
 
 
 def data_files(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Paths to be written below `root`, and what their registrations say."""
+    """Yield paths below `root`, and the payloads that register them."""
     dated = "20240105/crate1slot2/1704450000"
     act: dict[str, Any] = {"action": "take_iv", "action_ts": "1704450000", "timestamp": 1704450002.75}
 
@@ -43,7 +43,7 @@ def data_files(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         data_file(str(root / dated / "outputs/1704450003_dotted.v2"), file_format="npy", **act),
     )
     yield same(f"{dated}/outputs/no_suffix_at_all")
-    yield same(f"{dated}/outputs/1704450001_drive.txt")  # has the letters of `iv` in it
+    yield same(f"{dated}/outputs/1704450001_drive.txt")  # contains "iv"
     yield same(f"{dated}/outputs/1704450001_iv.npy", file_format="npy")
     yield same(f"{dated}/outputs/1704450001_channel_assignment_b0.txt", file_format="txt")
     yield same(f"{dated}/outputs/1704450001_tune.npy", file_format="npy", file_type="tune")
@@ -79,7 +79,7 @@ def g3_files(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def make_datagrams(root: Path) -> list[bytes]:
-    """Write the files of all the messages, and return the messages."""
+    """Write all files, and return the datagrams that register them."""
     pysmurf, streamer = Publisher("crate1slot2"), Publisher("STREAMER:crate1slot2")
     datagrams = []
     for publisher, kind, made in ((pysmurf, "data_file", data_files(root)), (streamer, "g3_file", g3_files(root))):
@@ -92,7 +92,7 @@ def make_datagrams(root: Path) -> list[bytes]:
 
 
 def register(agent: Agent, datagrams: list[bytes]) -> list[dict[str, Any]]:
-    """Send datagrams to an agent, wait for their rows, stop it, and return these rows without id and timestamp."""
+    """Send datagrams to an agent, wait for their rows, stop the agent, and return the rows without id and timestamp."""
     before = len(agent.rows())
     with contextlib.closing(Publisher("", agent.address)) as publisher:
         for datagram in datagrams:
@@ -105,7 +105,7 @@ def register(agent: Agent, datagrams: list[bytes]) -> list[dict[str, Any]]:
 
 
 def schema(db_path: Path) -> list[tuple[str, str]]:
-    """Names and statements of all that is in a database, but for the indexes that are only ours."""
+    """Return names and statements of everything in a database except the indexes, which the published agent lacks."""
     with contextlib.closing(sqlite3.connect(db_path)) as db:
         return db.execute("SELECT name, sql FROM sqlite_master WHERE type != 'index' ORDER BY 1").fetchall()
 
@@ -122,7 +122,7 @@ def test_the_same_datagrams_make_the_same_rows_in_the_same_tables(agent: StartAg
     own = agent()
     ours = register(own, datagrams)
 
-    # the published agent lets SupRsync delete whatever is announced as a timestream, and a file by each of its rows
+    # the published agent marks every g3_file as deletable, and a file in each of its rows
     elsewhere = {str(root / "20240105/crate1slot2/tune_iv.g3"), str(root / "elsewhere.g3")}
 
     def stays(row: dict[str, Any]) -> bool:
@@ -136,7 +136,7 @@ def test_the_same_datagrams_make_the_same_rows_in_the_same_tables(agent: StartAg
     assert indexes(own.db_path) == INDEXES
 
 
-def test_a_database_that_the_published_agent_made_goes_on_here_and_back(agent: StartAgent, root: Path) -> None:
+def test_a_database_of_the_published_agent_is_continued_here_and_back(agent: StartAgent, root: Path) -> None:
     datagrams = make_datagrams(root)
     peer = agent(bin_dir=PEER_BIN)
     register(peer, datagrams[:5])
@@ -159,14 +159,3 @@ def test_a_database_that_the_published_agent_made_goes_on_here_and_back(agent: S
     register(peer, datagrams[15:20])
     assert rows(peer.db_path)[:15] == ours
     assert indexes(peer.db_path) == INDEXES
-
-
-def test_the_published_agent_registers_into_a_database_that_was_made_here(agent: StartAgent, root: Path) -> None:
-    datagrams = make_datagrams(root)
-    own = agent()
-    register(own, datagrams[:5])
-    ours = rows(own.db_path)
-
-    peer = agent(bin_dir=PEER_BIN, db_path=own.db_path)
-    register(peer, datagrams[5:10])
-    assert rows(peer.db_path)[:5] == ours

@@ -1,4 +1,4 @@
-"""The example site config: OCS reads it, and what it says and what its comments say is so."""
+"""The example site config: OCS can read it, and its values and comments are right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.testbed.processes import REALM, ROOT, SITE_CONFIG, Router, write_site
 
 
 def parse(path: Path) -> Namespace:
-    """The agent's arguments as OCS makes them out of a site config."""
+    """Return the agent's arguments as OCS derives them from a site config."""
     arguments = ["--site-file", str(path), "--instance-id", "pysmurf-monitor"]
     return site_config.parse_args("PysmurfMonitor", make_parser(), arguments)
 

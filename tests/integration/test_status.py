@@ -1,4 +1,4 @@
-"""`socs-monitor status`: what it says of real agents, running, stopped, killed, and out of the router's sight."""
+"""`socs-monitor status` with real agents: running, stopped, killed, and without a router."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import pytest
 from socs_monitor.cli import client, status
 from socs_monitor.cli import main as cli
 from socs_monitor.cli.health import Health, State
+from socs_monitor.cli.shared import CommandError
 from socs_monitor.spool import file as spoolfile
 from socs_monitor.wire.publisher import Publisher
 from tests.integration.test_cli import command, run, site
@@ -33,12 +36,12 @@ ALL_WELL, UNKNOWN, DEGRADED, NOT_RUNNING = 0, 1, 3, 4
 
 
 def report(words: Sequence[str]) -> Health:
-    """What the command finds, before it shows it."""
+    """The health that the command would print."""
     return status.evaluate(cli.make_parser(["status"]).parse_args(["status", *words]))
 
 
 def ask(monitor: Agent, *words: str, code: int, **env: str) -> str:
-    """Ask for the status in a process of its own, see its exit code, and return what it prints."""
+    """Run the command as a process, check its exit code, and return its output."""
     done = run(OWN_BIN / "socs-monitor", "status", *site(monitor), *words, env=env)
     assert (done.returncode, done.stderr) == (code, ""), done.stdout + done.stderr
     return done.stdout
@@ -49,7 +52,7 @@ def spool(monitor: Agent) -> str:
 
 
 def elsewhere(monitor: Agent, url: str) -> list[str]:
-    """The words that lead to an agent by way of another router."""
+    """The options that select an agent via another router."""
     path = monitor.site_config.with_name("elsewhere.yaml")
     path.write_text(re.sub(r"(?m)^( *wamp_http): .*$", rf"\1: {url}", monitor.site_config.read_text()))
     return ["--site-file", str(path), "--site-host", "localhost"]
@@ -60,7 +63,7 @@ def without_router(monitor: Agent) -> list[str]:
 
 
 def registered(agent: StartAgent, tmp_path: Path) -> Agent:
-    """An agent that has registered files, and is on the router."""
+    """An agent that is connected to the router and has registered 3 files."""
     monitor = agent()
     wait_registered(monitor, announce(monitor, tmp_path / "data", 3))
     client = monitor.client()
@@ -69,7 +72,7 @@ def registered(agent: StartAgent, tmp_path: Path) -> Agent:
 
 
 def with_pending(agent: StartAgent, tmp_path: Path) -> Agent:
-    """An agent that has a file to register, and no database for it."""
+    """An agent with a pending file, because it has no database."""
     monitor = agent(options=[["--create-table", False]])
     client = monitor.client()
     announce(monitor, tmp_path / "data", 1)
@@ -112,7 +115,7 @@ def test_every_part_of_the_session_data_is_shown(agent: StartAgent, tmp_path: Pa
     } <= rows
 
 
-def test_what_was_lost_is_told_with_its_sender(agent: StartAgent) -> None:
+def test_losses_are_shown_with_their_sender(agent: StartAgent) -> None:
     monitor = agent()
     client = monitor.client()
     with contextlib.closing(Publisher("crate1slot2", monitor.address)) as publisher:
@@ -123,18 +126,18 @@ def test_what_was_lost_is_told_with_its_sender(agent: StartAgent) -> None:
 
     shown = ask(monitor, code=DEGRADED)
     assert "1 missing by sequence number, 0 dropped by the kernel" in shown
-    assert "1 of crate1slot2 undeclared at 127.0.0.1:" in shown
+    assert "1 from crate1slot2 undeclared at 127.0.0.1:" in shown
 
 
 @pytest.mark.skipif(not (PEER_BIN / "ocs-agent-cli").exists(), reason="the published agent is not installed")
-def test_the_published_agent_is_shown_as_far_as_it_tells(agent: StartAgent) -> None:
+def test_the_published_agent_is_supported(agent: StartAgent) -> None:
     monitor = agent(bin_dir=PEER_BIN)
     client = monitor.client()
     monitor.wait_for(lambda: client.run.status().session.get("status") == "running", 10, "runs")
     assert "all well" in ask(monitor, code=ALL_WELL)
 
 
-def test_degraded_is_told_with_each_reason(agent: StartAgent, tmp_path: Path) -> None:
+def test_degraded_has_reasons(agent: StartAgent, tmp_path: Path) -> None:
     monitor = with_pending(agent, tmp_path)
 
     assert "DEGRADED" in (shown := ask(monitor, code=DEGRADED))
@@ -143,28 +146,30 @@ def test_degraded_is_told_with_each_reason(agent: StartAgent, tmp_path: Path) ->
     assert "database" in json.loads(ask(monitor, "--json", code=DEGRADED))["reasons"]
 
 
-def test_an_operation_that_was_stopped_is_told(agent: StartAgent, tmp_path: Path) -> None:
+def test_a_stopped_operation_is_not_running(agent: StartAgent, tmp_path: Path) -> None:
     monitor = registered(agent, tmp_path)
     monitor.client().run.stop()
     monitor.client().run.wait(timeout=20)
 
-    assert ask(monitor, "--brief", code=NOT_RUNNING) == "not running; run: it is done: start it, or restart the agent\n"
+    assert ask(monitor, "--brief", code=NOT_RUNNING) == (
+        "not running; run: The operation run is done: files are not registered. Start it, or restart the agent\n"
+    )
     assert "NOT RUNNING" in ask(monitor, code=NOT_RUNNING)
 
 
-def test_without_a_router_spool_database_and_kernel_speak(agent: StartAgent, tmp_path: Path) -> None:
+def test_without_a_router_spool_database_and_kernel_are_read(agent: StartAgent, tmp_path: Path) -> None:
     monitor = registered(agent, tmp_path)
     paths = [row["local_path"] for row in monitor.rows()]
 
     shown = command("status", *without_router(monitor), code=ALL_WELL)
-    assert "the router does not answer" in shown
-    assert "this is what spool, database and kernel say" in shown
+    assert "does not answer. Files are registered without it." in shown
+    assert "This status is from spool, database and kernel." in shown
     for part in (paths[-1], "listening", "0 waiting, 0 dead", "0 dropped by the kernel"):
         assert part in shown
-    wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2, "more")])  # it goes on
+    wait_registered(monitor, [*paths, *announce(monitor, tmp_path / "more", 2, "more")])
 
 
-def test_without_a_router_an_entry_that_waits_too_long_is_told(
+def test_without_a_router_a_backlog_is_detected(
     agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = with_pending(agent, tmp_path)
@@ -175,11 +180,11 @@ def test_without_a_router_an_entry_that_waits_too_long_is_told(
     monkeypatch.setattr(status.time, "time", lambda: begin + 100)
     found = report(without)
     assert found.state is State.DEGRADED
-    assert re.search(r"has waited for its row for 1\d\d s", found.reasons["backlog"])
+    assert re.search(r"has been pending for 1\d\d s", found.reasons["backlog"])
     assert found.data["files"]["pending"] == 1
 
 
-def test_without_a_router_a_file_that_goes_on_growing_is_not_one_that_waits(
+def test_without_a_router_a_growing_file_is_not_a_backlog(
     agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = registered(agent, tmp_path)
@@ -193,7 +198,7 @@ def test_without_a_router_a_file_that_goes_on_growing_is_not_one_that_waits(
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
-def test_an_agent_that_does_not_run_is_told_and_nothing_is_touched(agent: StartAgent, tmp_path: Path, end: str) -> None:
+def test_a_stopped_agent_is_not_running_and_nothing_is_changed(agent: StartAgent, tmp_path: Path, end: str) -> None:
     monitor = registered(agent, tmp_path)
     monitor.stop() if end == "stopped" else monitor.kill()
     without = without_router(monitor)
@@ -206,24 +211,24 @@ def test_an_agent_that_does_not_run_is_told_and_nothing_is_touched(agent: StartA
     before = state()
     for words in (site(monitor), without):
         shown = command("status", *words, code=NOT_RUNNING)
-        assert "no process has its spool open: start it" in shown
+        assert "The agent is not running: messages sent now are lost. Start it." in shown
         assert "0 waiting, 0 dead" in shown
     assert state() == before
 
 
-def test_an_agent_that_lives_and_is_not_on_the_router_is_told(agent: StartAgent, tmp_path: Path) -> None:
+def test_a_running_agent_without_a_connection_is_unknown(agent: StartAgent, tmp_path: Path) -> None:
     monitor = registered(agent, tmp_path)
     with Router(tmp_path / "other") as other:
         shown = command("status", *elsewhere(monitor, other.http_url), code=UNKNOWN)
     assert "UNKNOWN" in shown
-    assert "does not answer over the router" in shown
-    assert "listening" in shown  # what spool, database and kernel say
+    assert "The router is up, but no agent 'pysmurf-monitor' is connected." in shown
+    assert "listening" in shown
 
 
-def test_where_nothing_can_be_known_that_is_told(tmp_path: Path) -> None:
+def test_without_site_config_and_spool_the_status_is_unknown(tmp_path: Path) -> None:
     shown = command("status", "--db-path", tmp_path / "none.db", code=UNKNOWN)
-    assert "where the router is, is not known: name the site config" in shown
-    assert "is this the agent's host, and --spool-path or --db-path its own?" in shown
+    assert "No site config given. Use --site-file, or set OCS_CONFIG_DIR." in shown
+    assert "Run this on the agent's host, or use --spool-path or --db-path." in shown
 
 
 @contextlib.contextmanager
@@ -236,11 +241,11 @@ def deaf_router() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("router_", "code", "said"),
     [
-        (silent_router, UNKNOWN, "does not answer within 0 s, though the router does"),
-        (deaf_router, ALL_WELL, "the router does not answer"),
+        (silent_router, UNKNOWN, "The router is up, but agent 'pysmurf-monitor' did not reply within 0 s."),
+        (deaf_router, ALL_WELL, "does not answer. Files are registered without it."),
     ],
 )
-def test_who_hangs_is_told(
+def test_a_hanging_agent_or_router_is_detected(
     agent: StartAgent,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -255,6 +260,36 @@ def test_who_hangs_is_told(
         found = report(elsewhere(monitor, f"http://127.0.0.1:{port}/call"))
     assert found.state.value == code
     assert said in found.note
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ('{"args": [[-1, "No task or process called \\"run\\"", {}]]}', "Agent 'other' is not a PysmurfMonitor"),
+        ('{"error": "wamp.error.not_authorized"}', "The router rejected the call (wamp.error.not_authorized)."),
+        ("<html>", "is not an OCS router"),
+    ],
+)
+def test_an_unexpected_reply_is_explained(tmp_path: Path, reply: str, said: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as router:
+        hub = f"wamp_server: ws://x, wamp_http: 'http://127.0.0.1:{router.server_port}', wamp_realm: x, address_root: x"
+        (tmp_path / "site.yaml").write_text(f"hub: {{{hub}}}\nhosts: {{}}\n")
+        words = ["status", "--site-file", str(tmp_path / "site.yaml"), "--instance-id", "other"]
+        thread = threading.Thread(target=router.handle_request)
+        thread.start()
+        with pytest.raises(CommandError) as error:
+            client.run_session(cli.make_parser(["status"]).parse_args(words))
+        thread.join()
+    assert said in str(error.value)
 
 
 def test_without_a_router_a_socket_of_another_process_is_not_the_agents(agent: StartAgent, tmp_path: Path) -> None:
@@ -277,7 +312,7 @@ def test_without_a_router_a_socket_of_another_process_is_not_the_agents(agent: S
             assert report(words).state is State.ALL_WELL
 
 
-def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path: Path) -> None:
+def test_text_from_senders_is_displayed_literally(agent: StartAgent, tmp_path: Path) -> None:
     odd = ["/a/[/bold]x", "/a/[red]x[/red]", "/a/\x1b[31mred", "/a/\x1b]0;title\x07", "/a/\u202egpj.exe"]
     monitor = agent(options=[["--give-up-after", 0]])
     with contextlib.closing(Publisher("[/]\x1b[2J", monitor.address)) as publisher:
@@ -294,11 +329,13 @@ def test_what_senders_wrote_is_shown_and_not_obeyed(agent: StartAgent, tmp_path:
     assert all(character.isprintable() or character == "\n" for character in done.stdout), repr(done.stdout)
 
 
-def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path, signal_: signal.Signals) -> None:
     monitor = registered(agent, tmp_path)
     terminal, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
-    watch = [OWN_BIN / "socs-monitor", "status", "--watch", *site(monitor)]
+    background = ["sh", "-c", 'trap "" INT; exec "$0" "$@"']  # as nohup and `&` in a script: SIGINT is ignored
+    watch = [*background, OWN_BIN / "socs-monitor", "status", "--watch", *site(monitor)]
     seen = b""
     with subprocess.Popen(watch, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True) as watcher:
         os.close(slave)
@@ -310,12 +347,14 @@ def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) 
                 seen += os.read(terminal, 65_536)
             return what in seen
 
-        wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
-        sent = announce(monitor, tmp_path / "more", 4, "more")
-        wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
-        assert sent
-        watcher.send_signal(signal.SIGINT)
-        wait_until(lambda: shows(b"\x1b[?1049l") and watcher.poll() is not None, 20, "it leaves the terminal as it was")
+        try:
+            wait_until(lambda: shows(b"3 registered"), 20, "it shows the files")
+            announce(monitor, tmp_path / "more", 4, "more")
+            wait_until(lambda: shows(b"7 registered"), 20, "it shows more")
+            watcher.send_signal(signal_)
+            wait_until(lambda: shows(b"\x1b[?1049l") and watcher.poll() is not None, 20, "it ends")
+        finally:
+            watcher.kill()
     shows(b"")
     os.close(terminal)
     after = seen.partition(b"\x1b[?1049l")[2]
@@ -324,7 +363,7 @@ def test_watching_refreshes_and_ends_cleanly(agent: StartAgent, tmp_path: Path) 
     assert b"Traceback" not in seen
 
 
-def test_environment_leads_to_the_agent_as_in_its_container(agent: StartAgent, tmp_path: Path) -> None:
+def test_environment_variables_select_the_agent(agent: StartAgent, tmp_path: Path) -> None:
     monitor = registered(agent, tmp_path)
     config = monitor.site_config.read_text()
     url = re.findall("wamp_http: (.*)", config)[0]
@@ -337,11 +376,22 @@ def test_environment_leads_to_the_agent_as_in_its_container(agent: StartAgent, t
         return done.stdout
 
     assert told(ALL_WELL, SITE_HTTP=url) == "all well\n"
-    assert "the agent another does not answer" in told(UNKNOWN, SITE_HTTP=url, INSTANCE_ID="another")
-    assert "the router does not answer" in told(ALL_WELL, SITE_HOST="server21")
-    assert "does not tell of pysmurf-monitor on this host" in told(UNKNOWN)
+    assert "no agent 'another' is connected" in told(UNKNOWN, SITE_HTTP=url, INSTANCE_ID="another")
+    assert "The router at http://127.0.0.1:1/call does not answer." in told(ALL_WELL, SITE_HOST="server21")
+    assert "no usable entry for agent 'pysmurf-monitor' on this host" in told(UNKNOWN)
 
 
 def test_exit_codes_are_in_the_help() -> None:
     said = command("status", "--help")
     assert re.search(r"0 all well; 1 .*asked; 2 .*usage; 3 degraded.*; 4 not running", " ".join(said.split()))
+
+
+def test_the_health_check_imports_no_heavy_packages(agent: StartAgent) -> None:
+    monitor = agent()
+    monitor.client()
+    words = ["status", "--brief", *site(monitor)]
+    program = f"import sys; from socs_monitor.cli.main import main; main({words!r}); print(*sys.modules)"
+
+    health, modules = run(sys.executable, "-c", program).stdout.splitlines()
+    assert health == "all well"
+    assert not {"pydantic", "sqlalchemy", "twisted", "rich", "requests"} & {*modules.split()}

@@ -1,7 +1,7 @@
-"""`make soak`: a day's load, compressed, with the published SupRsync on the same database, and random kills of all.
+"""`make soak`: a day's load with the published SupRsync on the same database, and random kills of all agents.
 
-Exit code 0 says that every file that the agent had received is registered once, with the right sum, and archived byte
-for byte. What was sent while no agent was there to receive it is sent again, as a site would by `backfill`.
+The exit code is 0 if every file is registered once, with the right MD5 sum, and archived byte for byte. Messages that
+were sent while no agent ran are sent again, as a site would do with `backfill`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ import yaml
 
 from tests.evidence import acknowledged, check_rows, md5_of, spool_of, spooled
 from tests.socs import server_root, suprsync
-from tests.testbed.processes import PEER_BIN, Agent, Process, Router, free_udp_port, require, rows, wait_until
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import PEER_BIN, Agent, Process, Router, require, rows, wait_until
 from tests.testbed.smurf_server import FILE_MIX, Message, SmurfServer
 
 STREAMS = 6
 METADATA_RATE = 200  # a second
 ARCHIVES = ("smurf", "timestreams")
 DELETE_AFTER_S = 20.0
-SUPRSYNC_RATE = 10.0  # files a second that it copies at the least
+SUPRSYNC_RATE = 10.0  # files that it copies a second, at least
 SHOW_EVERY_S = 10.0
 
-# What an agent reads within this time (seconds) before it is killed may not have reached it or its spool.
+# Messages sent less than this many seconds before a kill may not have reached the spool.
 GRACE_S = 1.0
 
 _BEGIN = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Print a line of progress with the seconds since the begin."""
+    """Print a line of progress with the seconds since the start."""
     print(f"[{time.monotonic() - _BEGIN:6.1f} s] {text}", flush=True)
 
 
 class SupRsync(Process):
-    """The published agent for one archive, which copies to a folder of this host."""
+    """The published SupRsync agent for one archive, which copies to a folder on this host."""
 
     def __init__(self, folder: Path, monitor: Agent, archive: str) -> None:
         self.archive = archive
@@ -59,7 +60,7 @@ class SupRsync(Process):
             "--suprsync-file-root": str(folder / "suprsync-files"),
             "--delete-local-after": DELETE_AFTER_S,
             "--files-per-batch": 500,
-            "--max-copy-attempts": 1000,  # a kill in the midst of a copy counts as one
+            "--max-copy-attempts": 1000,  # a kill during a copy counts as one
             "--sleep-time": 1,
         }
         config = yaml.safe_load(monitor.site_config.read_text())
@@ -77,12 +78,12 @@ class SupRsync(Process):
 
 
 class Soak:
-    """The load, and what is known of it.
+    """The load, and its bookkeeping.
 
     Attributes:
-        sums: MD5 sum of each file that was sent, by the path in its row.
-        kills: How often which process was killed.
-        missed: Files that no agent was there to receive, at least once.
+        sums: MD5 sum of each announced file, by the path in its row.
+        kills: Number of kills.
+        missed: Number of messages that were sent again.
     """
 
     def __init__(self, monitor: Agent, suprsyncs: Sequence[SupRsync], seed: int) -> None:
@@ -92,13 +93,13 @@ class Soak:
         self.kills = 0
         self.missed = 0
         self._random = random.Random(seed)
-        self._sent: dict[str, tuple[float, Message]] = {}  # not known to be acknowledged: unix time, message
+        self._sent: dict[str, tuple[float, Message]] = {}  # not yet acknowledged: unix time, message
         self._again: list[Message] = []
         self._guard = threading.Lock()
         self._listening = time.time()
 
     def send(self, server: SmurfServer, files: int, rate: float) -> None:
-        """Send so many files, `rate` of them a second, with metadata among them; and again what was missed."""
+        """Send `files` files, `rate` a second, with metadata in between, and repeat the messages that were missed."""
         per_file = round(METADATA_RATE / rate * len(FILE_MIX))
         mix = (*FILE_MIX, *["metadata"] * per_file)
         messages = server.messages(files * len(mix) // len(FILE_MIX), mix)
@@ -106,13 +107,13 @@ class Soak:
         begin = time.monotonic()
         for number, message in enumerate(messages):
             if (early := begin + number / in_all - time.monotonic()) > 0:
-                time.sleep(early)
+                time.sleep(early)  # pacing
             if message.file is not None:
                 self.sums[message.file] = md5_of(message.file)
             self._publish(message)
             if number % 100 == 0:
                 self._publish_again()
-        wait_until(self._all_acknowledged, 60, "the agent has everything")
+        wait_until(self._all_acknowledged, 60, "the agent has accepted all files")
 
     def _publish(self, message: Message) -> None:
         with self._guard:
@@ -134,16 +135,16 @@ class Soak:
 
     @staticmethod
     def _is_among(message: Message, paths: set[str]) -> bool:
-        return message.file in paths or message.payload["path"] in paths  # the latter may lack its .npy
+        return message.file in paths or message.payload["path"] in paths  # the latter may lack .npy
 
     def kill_until(self, done: Callable[[], bool], every_s: float) -> None:
-        """Kill one of the processes every so many seconds on average, and start it again."""
+        """Kill and restart a random process every `every_s` seconds on average, until `done()`."""
         while True:
             due = time.monotonic() + self._random.expovariate(1 / every_s)
             while time.monotonic() < due:
                 if done():
                     return
-                time.sleep(0.05)
+                time.sleep(0.05)  # until a random moment
             victim = self._random.choice([self.monitor, self.monitor, *self.suprsyncs])
             self.kills += 1
             if victim is self.monitor:
@@ -162,7 +163,7 @@ class Soak:
             again = {file: message for file, (_, message) in self._sent.items() if not self._is_among(message, have)}
             early = [file for file in again if self._listening < self._sent[file][0] < died - GRACE_S]
             assert not early, (
-                f"{len(early)} files were sent long before the kill, and are not in the spool: {early[:3]}"
+                f"{len(early)} files sent over {GRACE_S:g} s before the kill are not in the spool: {early[:3]}"
             )
             self._sent = {}
             self._again += again.values()
@@ -170,7 +171,7 @@ class Soak:
         self.missed += len(again)
 
     def show_for_ever(self, stop: threading.Event) -> None:
-        """Say now and then how far it is."""
+        """Print the progress every `SHOW_EVERY_S` seconds."""
         while not stop.wait(SHOW_EVERY_S):
             registered, archived = self.counts()
             say(
@@ -179,14 +180,14 @@ class Soak:
             )
 
     def counts(self) -> tuple[int, int]:
-        """Number of files that are registered, and that are archived."""
+        """Return the number of registered and of archived files."""
         found = rows(self.monitor.db_path)
         return len(found), sum(row["local_md5sum"] == row["remote_md5sum"] for row in found)
 
 
 @contextlib.contextmanager
 def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """A thread does `work` until the end of the block, where its argument is set; what it raises is raised there."""
+    """Run `work` in a thread. At the end of the block its event is set, and what it raised is raised."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(work, stop)
@@ -198,7 +199,11 @@ def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def soak(folder: Path, root: Path, args: argparse.Namespace) -> None:
-    """Do it all in scratch folders; raises AssertionError where something is not as it must be."""
+    """Run everything in scratch folders.
+
+    Raises:
+        AssertionError: If something is wrong.
+    """
     udp_port = free_udp_port()
     with contextlib.ExitStack() as stack:
         router = stack.enter_context(Router(folder))
@@ -210,14 +215,14 @@ def soak(folder: Path, root: Path, args: argparse.Namespace) -> None:
             SmurfServer(root, monitor.address, streams=STREAMS, sizes={"g3": 16384}, smurf_data="")
         )
         with meanwhile(load.show_for_ever):
-            # killed and started here: the kernel ends a process with the thread that started it
+            # started in this thread, since the kernel kills a process together with the thread that started it
             with ThreadPoolExecutor(1) as pool:
                 sent = pool.submit(load.send, server, args.files, args.rate)
                 load.kill_until(sent.done, args.kill_every)
                 sent.result()
-            say("all is sent; waiting for SupRsync")
+            say("all files are sent; waiting for SupRsync")
             deadline_s = 120 + len(load.sums) / SUPRSYNC_RATE
-            wait_until(lambda: load.counts() == (len(load.sums),) * 2, deadline_s, "everything is archived")
+            wait_until(lambda: load.counts() == (len(load.sums),) * 2, deadline_s, "all files are archived")
         assert monitor.stop() == 0
         for process in suprsyncs:
             process.kill()
@@ -225,14 +230,14 @@ def soak(folder: Path, root: Path, args: argparse.Namespace) -> None:
 
 
 def check(monitor: Agent, suprsyncs: Sequence[SupRsync], load: Soak) -> None:
-    """Look at what is left."""
-    say("looking at every file")
+    """Check the rows, the spool and the archive."""
+    say("checking every file")
     check_rows(rows(monitor.db_path), load.sums)
-    # of the last seconds: their rows are there, and the files yet to be looked at
+    # files of the last seconds, which have rows and still have to be re-checked
     left = spooled(spool_of(monitor))
     lost = {path.removesuffix(".npy") for path in left} - {path.removesuffix(".npy") for path in load.sums}
     assert not lost, f"in the spool only: {sorted(lost)[:3]}"
-    assert set(left.values()) <= {"pending", "waiting"}, Counter(left.values())
+    assert set(left.values()) <= {"pending", "waiting", "registered"}, Counter(left.values())
     for row in rows(monitor.db_path):
         base = next(process.base for process in suprsyncs if process.archive == row["archive_name"])
         content = (base / row["remote_path"]).read_bytes()
@@ -245,7 +250,7 @@ def check(monitor: Agent, suprsyncs: Sequence[SupRsync], load: Soak) -> None:
 
 
 def main() -> int:
-    """Run the command; return its exit code."""
+    """Run the command, and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--files", type=int, default=30_000, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=100.0, help="files a second; default: %(default)s")

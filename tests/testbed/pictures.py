@@ -1,6 +1,6 @@
-"""`make pictures`: draws docs/pictures/ from a real run: router, agent, and an emulated SMuRF server that loses a file.
+"""`make pictures`: draw docs/pictures/ from a real run of router, agent and a simulated SMuRF server.
 
-Paths are shown as on a SMuRF server: without the scratch folder that they lie in.
+The scratch folder is removed from the paths, so that they look as on a SMuRF server.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tests.testbed.smurf_server import FULL_MIX, REGISTERS, SmurfServer
 
 PICTURES = ROOT / "docs" / "pictures"
 WIDTH = 116
-RATE = 50.0  # messages a second
+RATE = 50.0  # messages per second
 
 
-def report(agent: Agent, root: Path) -> status.Health:
-    """What `socs-monitor status` finds."""
+def evaluate(agent: Agent, root: Path) -> status.Health:
+    """Return the agent's health without the scratch folder `root` in its paths."""
     words = ["status", "--site-file", str(agent.site_config), "--site-host", "localhost"]
-    found = status.evaluate(cli.make_parser(words[:1]).parse_args(words))
-    reasons, data = json.loads(json.dumps([found.reasons, found.data]).replace(str(root), ""))
-    return found._replace(reasons=reasons, data=data)
+    health = status.evaluate(cli.make_parser(words[:1]).parse_args(words))
+    reasons, data = json.loads(json.dumps([health.reasons, health.data]).replace(str(root), ""))
+    return health._replace(reasons=reasons, data=data)
 
 
-def draw(name: str, found: status.Health, agent: Agent) -> None:
-    """Write what `socs-monitor status` shows as a picture."""
-    shown = view.render(found, agent.INSTANCE)
+def draw(name: str, health: status.Health, agent: Agent) -> None:
+    """Write the output of `socs-monitor status` as an SVG file."""
+    shown = view.render(health, agent.INSTANCE)
     width = Console(width=WIDTH).measure(shown).maximum
     screen = Console(record=True, width=width, file=io.StringIO())
     screen.print(shown)
@@ -44,7 +44,7 @@ def draw(name: str, found: status.Health, agent: Agent) -> None:
 
 
 def main() -> int:
-    """Draw all well, and what is not."""
+    """Draw an agent that is well, and a degraded one."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve()
         work = root / "data" / "so" / "databases"
@@ -56,14 +56,16 @@ def main() -> int:
                 server.send(server.messages(4 * len(REGISTERS), ("metadata",)), RATE)
                 rows = len(agent.rows())
                 wait_until(
-                    lambda: report(agent, root).data.get("files", {}).get("registered") == rows, 30, "all is told of"
+                    lambda: evaluate(agent, root).data.get("files", {}).get("registered") == rows,
+                    30,
+                    "all files are reported",
                 )
-                draw("status.svg", report(agent, root), agent)
+                draw("status.svg", evaluate(agent, root), agent)
                 with contextlib.closing(sqlite3.connect(agent.db_path, isolation_level=None)) as locked:
                     locked.execute("BEGIN IMMEDIATE")
                     server.send(server.messages(12), RATE)
-                    wait_until(lambda: "database" in report(agent, root).reasons, 30, "it misses the database")
-                    draw("degraded.svg", report(agent, root), agent)
+                    wait_until(lambda: "database" in evaluate(agent, root).reasons, 30, "the agent is degraded")
+                    draw("degraded.svg", evaluate(agent, root), agent)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Real processes for tests, demo and `make run`: the router, the agent, and what is needed to watch them.
+"""Real processes for tests, `make demo`, `make run` and the benchmark: the router and the agent.
 
-Everything here is a context manager that takes its folder and its port, waits for conditions and not for time, and
-leaves nothing running: on leaving the context, and by the kernel's hand if the whole test run is killed.
+Each is a context manager with its own folder and ports. Starting it waits for a condition, never for a time. Nothing is
+left running: the context stops its process, and the kernel kills the process if the whole test run dies.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,22 +26,24 @@ from typing import Any, NoReturn, Self, TypeVar
 import yaml
 from ocs.ocs_client import OCSClient
 
+from tests.testbed.ports import free_tcp_port, free_udp_port, udp_port_is_bound
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVS = ROOT / ".envs"
 CROSSBAR = ENVS / "crossbar" / "bin" / "crossbar"
-# The environment of the published socs, with the peer agent and SupRsync; and ours, the one that runs the tests.
-PEER_BIN = ENVS / "socs" / "bin"
-OWN_BIN = Path(sys.executable).parent
+PEER_BIN = ENVS / "socs" / "bin"  # the published socs, with its agent and SupRsync
+OWN_BIN = Path(sys.executable).parent  # the environment that runs the tests
 SITE_CONFIG = ROOT / "site-config.example.yaml"
 REALM = "test_realm"
 DOCUMENTED = ("--udp-port", "--create-table", "--db-path", "--echo-sql", "--test-mode")
 
 T = TypeVar("T")
 
-# The kernel kills the process when its parent (to be exact: the thread that started it) dies: even a test run that is
-# killed leaves nothing behind.
-_WITH_PARENT = """
+# The kernel kills the process when the thread that started it dies, so a test run that is killed leaves nothing behind.
+# Nothing is inherited from a parent that ignores Ctrl-C, as `nohup` and a shell's background jobs do.
+_LAUNCHER = """
 import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
@@ -51,7 +51,7 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def require(tool: str | Path) -> Path:
-    """Return the path of a program that a test needs; see `unavailable` for what happens without it."""
+    """Return the path of a program that a test needs, or call `unavailable`."""
     found = shutil.which(tool)
     if found is None:
         reason = f"{tool} is not installed"
@@ -62,10 +62,10 @@ def require(tool: str | Path) -> Path:
 
 
 def unavailable(reason: str, *, even_in_ci: bool = False) -> NoReturn:
-    """Skip the test because this machine lacks something; with CI=true it fails, unless CI may lack it, too.
+    """Skip the test because this machine lacks something. With ``CI=true``, fail instead, unless `even_in_ci` is set.
 
     Raises:
-        unittest.SkipTest: Which pytest understands, and which needs no pytest outside of tests.
+        unittest.SkipTest: pytest takes it for a skip, and it needs no pytest elsewhere.
         AssertionError: In CI.
     """
     if os.environ.get("CI") == "true" and not even_in_ci:
@@ -74,45 +74,21 @@ def unavailable(reason: str, *, even_in_ci: bool = False) -> NoReturn:
 
 
 def wait_until(condition: Callable[[], T], deadline_s: float, what: str) -> T:
-    """Wait until `condition()` is true and return what it returned; after `deadline_s` seconds it is a failure."""
+    """Wait until `condition()` is true, and return its value.
+
+    Raises:
+        AssertionError: If it is still false after `deadline_s` seconds. `what` completes "waiting until".
+    """
     deadline = time.monotonic() + deadline_s
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {deadline_s:g} s in vain until {what}")
+            raise AssertionError(f"timed out after {deadline_s:g} s, waiting until {what}")
         time.sleep(0.02)
     return result
 
 
-def free_port(kind: socket.SocketKind) -> int:
-    """A free port of the loopback that stays so: the kernel gives none of this range to a sender by itself."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket(socket.AF_INET, kind) as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def free_tcp_port() -> int:
-    """A free TCP port of the loopback."""
-    return free_port(socket.SOCK_STREAM)
-
-
-def free_udp_port() -> int:
-    """A free UDP port of the loopback."""
-    return free_port(socket.SOCK_DGRAM)
-
-
-def udp_port_is_open(port: int) -> bool:
-    """Whether somebody on this host has bound the UDP port."""
-    for table in ("/proc/net/udp", "/proc/net/udp6"):
-        with contextlib.suppress(FileNotFoundError), open(table) as lines:
-            if any(line.split()[1].endswith(f":{port:04X}") for line in lines if ":" in line.split()[1]):
-                return True
-    return False
-
-
 def rows(db_path: str | Path, table: str = "supersync_v0") -> list[dict[str, Any]]:
-    """All rows of a table as dicts, in the order of their ids; none if database or table do not exist yet."""
+    """Return all rows of a table, in the order of their ids; none if the database or the table does not exist yet."""
     if not os.path.exists(db_path):
         return []
     with contextlib.closing(sqlite3.connect(f"file:{db_path}?mode=ro", uri=True, timeout=10)) as connection:
@@ -123,12 +99,12 @@ def rows(db_path: str | Path, table: str = "supersync_v0") -> list[dict[str, Any
 
 
 class Process:
-    """A child process with its output in a file.
+    """A child process that logs to a file.
 
     Args:
-        command: Program (its full path) and arguments.
-        log_path: File that standard output and error are appended to.
-        env: Environment variables to add to ours.
+        command: Full path of the program, and its arguments.
+        log_path: File to which standard output and standard error are appended.
+        env: Environment variables in addition to the inherited ones.
         cwd: Working directory.
     """
 
@@ -139,8 +115,8 @@ class Process:
         self.log_path = log_path
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._cwd = cwd
-        self._log_begin = 0  # offset of the latest start, bytes
-        self._read_to = 0  # offset that `new_lines` has come to, bytes
+        self._log_begin = 0  # offset at the latest start, bytes
+        self._read_to = 0  # offset up to which `new_lines` has read, bytes
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -159,25 +135,25 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Process id of the running process."""
+        """Process id."""
         assert self._process is not None, "not started"
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of the process, negative for a signal; None while it runs."""
+        """Exit code, negative for a signal; None while the process runs."""
         assert self._process is not None, "not started"
         return self._process.poll()
 
     @property
     def log(self) -> str:
-        """What the process has printed since its (latest) start."""
+        """Output since the latest start."""
         with open(self.log_path, "rb") as log:
             log.seek(self._log_begin)
             return log.read().decode(errors="replace")
 
     def new_lines(self) -> list[str]:
-        """The complete lines that the process has printed since the last call."""
+        """Return the complete lines printed since the previous call."""
         with open(self.log_path, "rb") as log:
             log.seek(self._read_to)
             *lines, rest = log.read().split(b"\n")
@@ -185,25 +161,29 @@ class Process:
         return [line.decode(errors="replace") for line in lines]
 
     def start(self) -> None:
-        """Start the process; it may have run before."""
+        """Start the process, for the first time or again."""
         assert self._process is None or self.exit_code is not None, "still running"
-        with_parent = [sys.executable, "-ISc", _WITH_PARENT, str(os.getpid())]
+        launcher = [sys.executable, "-ISc", _LAUNCHER, str(os.getpid())]
         with open(self.log_path, "ab") as log:
             self._log_begin = log.tell()
             if self._process is None:
                 self._read_to = self._log_begin
             self._process = subprocess.Popen(
-                [*with_parent, *self.command],
+                [*launcher, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 cwd=self._cwd,
-                process_group=0,  # a Ctrl-C is for us; and its children go with it
+                process_group=0,  # Ctrl-C reaches only the tests, and `kill` reaches the children, too
             )
 
     def stop(self, deadline_s: float = 15) -> int | None:
-        """Ask the process to end (SIGTERM) and return its exit code; one that does not end is a failure."""
+        """Send SIGTERM and return the exit code.
+
+        Raises:
+            AssertionError: If the process still runs after `deadline_s` seconds. It is killed.
+        """
         if self._process is None:
             return None
         if self._process.poll() is None:
@@ -213,31 +193,31 @@ class Process:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(
-                f"{self} still ran {deadline_s:g} s after SIGTERM; its log ends:\n{self._tail()}"
+                f"{self} still runs {deadline_s:g} s after SIGTERM; its log ends:\n{self._tail()}"
             ) from None
 
     def kill(self) -> None:
-        """End the process and its children at once (SIGKILL)."""
+        """Kill the process and its children (SIGKILL)."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def wait(self, deadline_s: float = 30) -> int:
-        """Wait for the process to end by itself and return its exit code."""
+        """Wait until the process ends by itself, and return its exit code."""
         wait_until(lambda: self.exit_code is not None, deadline_s, f"{self} ends")
         assert self.exit_code is not None
         return self.exit_code
 
     def wait_log(self, pattern: str, deadline_s: float = 30) -> re.Match[str]:
-        """Wait for a line of the log that `pattern` is found in."""
+        """Wait for a line of the log that matches `pattern` anywhere."""
         return self.wait_for(lambda: re.search(pattern, self.log, re.MULTILINE), deadline_s, f"logged {pattern!r}")
 
     def wait_for(self, condition: Callable[[], T], deadline_s: float, what: str) -> T:
-        """As `wait_until`, but it is a failure at once if the process ends; failures show the end of the log."""
+        """Wait as `wait_until` does, but fail at once if the process ends, and show the end of its log."""
 
         def alive_and() -> T:
-            ended = self.exit_code is not None  # asked first: what it did last counts
+            ended = self.exit_code is not None  # read first, so that its last actions count
             result = condition()
             if ended and not result:
                 raise AssertionError(f"{self} ended with {self.exit_code}")
@@ -256,11 +236,11 @@ class Process:
 
 
 class Router(Process):
-    """A real crossbar on the loopback. Started, it is ready; started again, it has the same port.
+    """A real crossbar router on the loopback interface. It keeps its port when it is started again.
 
     Args:
         folder: Scratch folder for its node directory.
-        port: TCP port; default is a free one.
+        port: TCP port; default: a free one.
     """
 
     def __init__(self, folder: Path, port: int | None = None) -> None:
@@ -275,12 +255,12 @@ class Router(Process):
 
     @property
     def ws_url(self) -> str:
-        """Where agents connect."""
+        """WebSocket address, for agents."""
         return f"ws://127.0.0.1:{self.port}/ws"
 
     @property
     def http_url(self) -> str:
-        """Where clients call."""
+        """HTTP address, for clients."""
         return f"http://127.0.0.1:{self.port}/call"
 
     def start(self) -> None:
@@ -289,7 +269,7 @@ class Router(Process):
         self.wait_for(self._answers, 60, "answered")
 
     def _answers(self) -> bool:
-        # OCS agents log an error when the realm is not there yet, so ask for a call and not only for a page
+        # An agent logs an error if the realm does not exist yet, so a call has to work, not only a page.
         body = json.dumps({"procedure": "wamp.session.count"}).encode()
         call = urllib.request.Request(self.http_url, body, {"Content-Type": "application/json"})
         try:
@@ -312,17 +292,17 @@ def write_site_config(
 
     Args:
         path: File to write.
-        router: The router for the hub.
-        udp_port: For ``--udp-port``.
-        db_path: For ``--db-path``.
-        options: Further options of the agent, as a site config has them: ``[["--create-table", False]]``.
-        published: Leave out the options that the published agent does not know.
-        instance_id: Of the agent; default is the example's.
+        router: Router of the hub.
+        udp_port: Value of ``--udp-port``.
+        db_path: Value of ``--db-path``.
+        options: Further options of the agent, as in a site config: ``[["--create-table", False]]``.
+        published: Omit the options that the published agent does not have.
+        instance_id: The agent's instance-id; default: the example's.
     """
     config = yaml.safe_load(SITE_CONFIG.read_text())
     config["hub"] |= {"wamp_server": router.ws_url, "wamp_http": router.http_url}
     instance = config["hosts"]["localhost"]["agent-instances"][0]
-    # files lie in scratch folders, which may be anywhere
+    # a scratch folder may be anywhere
     ours = [["--data-root", "/"], ["--udp-port", udp_port], ["--db-path", str(db_path)], *options]
     merged = {option[0]: [*option] for option in [*instance["arguments"], *ours]}
     instance["instance-id"] = instance_id or instance["instance-id"]
@@ -331,18 +311,18 @@ def write_site_config(
 
 
 class Agent(Process):
-    """The real agent, as a site starts it: `ocs-agent-cli --instance-id pysmurf-monitor` out of a site config.
+    """The real agent, started as a site does: `ocs-agent-cli --instance-id pysmurf-monitor`, with a site config.
 
     Args:
-        folder: Scratch folder for site config, log and (by default) the database.
-        router: The router that it is to connect to; it need not run.
-        udp_port: Its UDP port; default is a free one.
-        db_path: The database; default is ``suprsync.db`` in `folder`.
+        folder: Scratch folder for the site config, the log and (by default) the database.
+        router: Router to connect to; it need not run.
+        udp_port: UDP port; default: a free one.
+        db_path: Database; default: ``suprsync.db`` in `folder`.
         options: Further options of the agent, as for `write_site_config`.
-        arguments: More command line arguments; OCS takes only its own there, e.g. ``--crossbar-timeout``.
+        arguments: Further command line arguments. OCS accepts only its own, such as ``--crossbar-timeout``.
         env: Environment variables to add.
-        bin_dir: Programs of the environment to take `ocs-agent-cli` from: ours, or `PEER_BIN`.
-        instance: Its instance-id, where there are several on a router.
+        bin_dir: Programs of the environment whose `ocs-agent-cli` is used: `OWN_BIN` or `PEER_BIN`.
+        instance: Its instance-id. Two agents on one router need different ones.
     """
 
     INSTANCE = "pysmurf-monitor"
@@ -369,7 +349,7 @@ class Agent(Process):
         command = [require(bin_dir / "ocs-agent-cli")]
         coverage = sys.modules.get("coverage")
         if bin_dir == OWN_BIN and coverage is not None and coverage.Coverage.current() is not None:
-            # the test run measures coverage: the agent adds its own, in a file beside that of the tests
+            # the tests measure coverage, so the agent does, too; pytest-cov combines its file with those of the tests
             rcfile = ROOT / "pyproject.toml"
             command = [OWN_BIN / "python", "-m", "coverage", "run", f"--rcfile={rcfile}", "-m", "ocs.agent_cli"]
             env = {"COVERAGE_FILE": str(ROOT / ".coverage"), **(env or {})}
@@ -378,25 +358,25 @@ class Agent(Process):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where its senders send to."""
+        """Host and UDP port for senders."""
         return "127.0.0.1", self.udp_port
 
     def wait_listening(self, deadline_s: float = 30) -> None:
-        """Wait until the UDP port is open: whatever is sent from now on, the agent gets."""
-        self.wait_for(lambda: udp_port_is_open(self.udp_port), deadline_s, "opened its UDP port")
+        """Wait until the UDP port is bound: the agent receives what is sent from now on."""
+        self.wait_for(lambda: udp_port_is_bound(self.udp_port), deadline_s, "bound its UDP port")
 
     def client(self, deadline_s: float = 30) -> OCSClient:
-        """A real client of the agent, as soon as the agent answers the router's calls."""
+        """Return a real client, as soon as the agent answers calls via the router."""
 
         def connected() -> OCSClient | None:
             try:
                 return OCSClient(self.INSTANCE, args=["--site-file", str(self.site_config)])
-            except RuntimeError:  # what OCS raises while the agent has not registered yet
+            except RuntimeError:  # OCS raises this while the agent is not connected
                 return None
 
         client: OCSClient = self.wait_for(connected, deadline_s, "answered a client")
         return client
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of its database."""
+        """Return the rows of its database."""
         return rows(self.db_path)

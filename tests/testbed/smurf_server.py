@@ -1,10 +1,10 @@
-"""A simulated SMuRF server: it writes files where pysmurf and the streamer write theirs, and announces them.
+"""A simulated SMuRF server: it writes and announces files as pysmurf and the streamer do.
 
-Messages come in any mix and at any rate::
+Any mix of messages at any rate::
 
     with SmurfServer("/data", ("127.0.0.1", 8200), streams=6) as server:
-        server.send(server.messages(600), rate=200.0)       # paced; files are written as they are announced
-        server.burst(server.encode(server.messages(3000)))  # everything is prepared first, then sent at once
+        server.send(server.messages(600), rate=200.0)       # paced; each file is written just before it is announced
+        server.burst(server.encode(server.messages(3000)))  # all files are written first
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any, NamedTuple, Self
 
 from socs_monitor.wire.publisher import Address, Publisher, data_file, g3_file, metadata
 
-# What `SmurfServer.messages` can make. Each is made for one stream after the other.
+# Kinds of messages that `SmurfServer.messages` can make.
 FILE_MIX = ("npy", "png", "txt", "g3")
 FULL_MIX = (*FILE_MIX, "tune", "session_log", "session_data", "metadata")
 
-# Sizes of the files, bytes. (Real g3 files have several hundred MB.)
+# Sizes of the files, bytes. Real g3 files have several hundred MB.
 SIZES: Mapping[str, int] = {"npy": 4096, "png": 4096, "txt": 512, "tune": 4096, "g3": 65536}
 
 _ACTIONS = ("uxm_setup", "uxm_relock", "take_noise", "take_iv", "take_bias_steps")
 _FILES_AN_ACTION = 50
 _BLOCK = os.urandom(1 << 19).hex().encode()
 
-# The scalar registers that a streamer reports: dotted rogue path to a value of the type that it has there.
+# Scalar registers that a streamer reports: dotted rogue path, and a value of the real type.
 _PROCESSOR = "AMCc.SmurfProcessor."
 _CARRIER = "AMCc.FpgaTopLevel.AmcCarrierCore.AxiVersion."
 _CRYO = "AMCc.FpgaTopLevel.AppTop.AppCore."
@@ -50,9 +50,9 @@ REGISTERS: Mapping[str, str | int | float | bool] = {
 
 
 class Message(NamedTuple):
-    """A message that waits to be sent.
+    """A message to be sent.
 
-    `file` is the file that it registers, by the path that the database is to have; None where it is no registration.
+    `file` is the path that the row of the registered file must have; None for other messages.
     """
 
     publisher: Publisher
@@ -62,7 +62,7 @@ class Message(NamedTuple):
 
 
 class Stream:
-    """One slot of the crate: the publishers of its pysmurf and its streamer, and what they are at."""
+    """One slot of the crate: the publishers of its pysmurf and its streamer, and their counters."""
 
     def __init__(self, slot: int, address: Address) -> None:
         self.stream_id = f"ufm_emu{slot}"
@@ -75,16 +75,16 @@ class Stream:
 
 
 class SmurfServer:
-    """A SMuRF server: writes files in the real directory layout and announces them as its publishers do.
+    """A SMuRF server that writes files in the real directory layout and announces them with real publishers.
 
     Args:
-        root: Folder that stands for ``/data``; two servers that start in the same second must not share one.
+        root: Folder used as ``/data``. Two servers that start in the same second must not share one.
         address: Host and UDP port of the monitor.
         streams: Number of streams (slots); each has a pysmurf and a streamer publisher.
-        sizes: Sizes of the files by kind, bytes; kinds that are not in it have the size that `SIZES` says.
-        seen_as: Where the monitor sees `root`, if elsewhere (in its container): sent paths begin with this.
-        smurf_data: Folder of pysmurf's files below `root`. Empty, the dated folders lie in `root` itself: in a root
-            of two components (``/mnt/smurf``) the files then count as deletable, as they do on a real server.
+        sizes: Sizes of the files by kind, bytes; the default for missing kinds is `SIZES`.
+        seen_as: Path of `root` in the monitor's container. Announced paths begin with it.
+        smurf_data: Folder of pysmurf's files below `root`. If it is empty, the dated folders are in `root` itself. In a
+            root of two components (``/mnt/smurf``) the files are then deletable, as on a real server.
     """
 
     def __init__(
@@ -126,34 +126,34 @@ class SmurfServer:
             publisher.close()
 
     def messages(self, count: int, mix: Sequence[str] = FILE_MIX) -> Iterator[Message]:
-        """Make messages, and write the files that they register, one by one as they are asked for.
+        """Yield messages, and write the file of each just before.
 
         Args:
             count: Number of messages.
-            mix: Kinds of messages, of those in `FULL_MIX`; every stream takes each in turn, so a kind that is
-                twice in it is twice as frequent.
+            mix: Kinds of messages, out of `FULL_MIX`. Every stream sends them in turn, so a kind that is listed twice
+                is twice as frequent.
         """
         for i in range(count):
             turn, slot = divmod(i, len(self.streams))
             yield self._makers[mix[turn % len(mix)]](self.streams[slot], next(self._numbers))
 
     def send(self, messages: Iterable[Message], rate: float | None = None) -> list[Message]:
-        """Send messages, `rate` of them a second (None: as fast as they can be made), and return them."""
+        """Send messages, `rate` a second (None: as fast as possible), and return them."""
         begin = time.monotonic()
         sent: list[Message] = []
         for message in messages:
             if rate is not None and (early := begin + len(sent) / rate - time.monotonic()) > 0:
-                time.sleep(early)
+                time.sleep(early)  # pacing
             message.publisher.publish(message.payload, message.kind)
             sent.append(message)
         return sent
 
     def encode(self, messages: Iterable[Message]) -> list[tuple[Publisher, bytes]]:
-        """Make the datagrams of a burst, so that sending them costs nothing but the system call."""
+        """Return the datagrams of a burst, so that sending takes no more than the system calls."""
         return [(message.publisher, message.publisher.encode(message.payload, message.kind)) for message in messages]
 
     def burst(self, datagrams: Sequence[tuple[Publisher, bytes]]) -> float:
-        """Send datagrams as fast as the kernel takes them; returns the seconds that it took."""
+        """Send datagrams as fast as the kernel accepts them, and return the seconds that it took."""
         begin = time.monotonic()
         for publisher, datagram in datagrams:
             publisher.send(datagram)
@@ -168,7 +168,7 @@ class SmurfServer:
         size = self._sizes["npy"]
         header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d,), }" % (size - 128)
         head = b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117) + b"\n"
-        # numpy.save appends the suffix by itself, and many a sender registers the name without it
+        # numpy.save appends the suffix, and many senders announce the name without it
         return self._output(stream, number, "outputs", f"data_{number}", ".npy", head, bare=number % 2 == 1)
 
     def _png(self, stream: Stream, number: int) -> Message:
@@ -181,7 +181,7 @@ class SmurfServer:
         self, stream: Stream, number: int, folder: str, name: str, suffix: str, head: bytes, *, bare: bool = False
     ) -> Message:
         count = next(stream.outputs) // _FILES_AN_ACTION
-        ctime = stream.session_id + count  # every action has a time of its own
+        ctime = stream.session_id + count  # every action has its own time
         day = time.strftime("%Y%m%d", time.gmtime(ctime))
         parts = (self._smurf_data, day, stream.stream_id, str(ctime), folder, f"{ctime}_{name}{suffix}")
         kind = suffix[1:]
@@ -196,7 +196,7 @@ class SmurfServer:
         return Message(stream.pysmurf, "data_file", payload, file)
 
     def _tune(self, stream: Stream, number: int) -> Message:
-        ctime = stream.session_id + number  # these lie all in one folder, so their times must differ
+        ctime = stream.session_id + number  # all are in one folder, so their times must differ
         path = os.path.join(self._smurf_data, "tune", f"{ctime}_tune.npy")
         file = self._write(path, b"\x93NUMPY\x01\x00", number, self._sizes["tune"])
         payload = data_file(file, file_type="tune", file_format="npy", action="uxm_setup", action_ts=str(ctime))
@@ -212,11 +212,11 @@ class SmurfServer:
         path = next(stream.registers)
         value = REGISTERS[path]
         if type(value) is float:
-            value += number % 100 / 100  # something for the plots downstream to show
+            value += number % 100 / 100  # so that plots show a curve
         return Message(stream.streamer, "metadata", metadata(path, value))
 
     def _write(self, relative: str, head: bytes, number: int, size: int) -> str:
-        """Write a file that no other equals, of `size` bytes, and return its path as the monitor sees it."""
+        """Write a unique file of `size` bytes, and return its path as the monitor sees it."""
         path = os.path.join(self.root, relative)
         folder = os.path.dirname(path)
         if folder not in self._folders:

@@ -1,4 +1,4 @@
-"""A real WAMP subscriber, in a process of its own: `Subscriber` starts and reads it, `main` is what it runs."""
+"""A real WAMP subscriber in its own process. `Subscriber` starts it and reads its output; `main` runs in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _READY = "ready"
 
 
 class FeedMessage(NamedTuple):
-    """What came on a feed: the topic's address, the message, and what OCS says about the feed."""
+    """A message of a feed: address of the topic, content, and OCS's description of the feed."""
 
     topic: str
     message: Any
@@ -22,13 +22,13 @@ class FeedMessage(NamedTuple):
 
 
 class Subscriber(Process):
-    """Collects all messages that the router delivers for some topics. It comes back when the router does.
+    """Collects all messages of some topics, and reconnects when the router returns.
 
     Args:
         folder: Scratch folder.
-        router: The router, which must run when this is started.
-        topics: Addresses, e.g. ``observatory.pysmurf-monitor.feeds.pysmurf_session_data``; one with a point at its
-            end stands for all that begin with it.
+        router: The router. It must run when the subscriber is started.
+        topics: Addresses, such as ``observatory.pysmurf-monitor.feeds.pysmurf_session_data``. One with a dot at its end
+            matches all addresses that begin with it.
     """
 
     def __init__(self, folder: Path, router: Router, topics: Sequence[str] = ("observatory.",)) -> None:
@@ -37,21 +37,21 @@ class Subscriber(Process):
         self._messages: list[FeedMessage] = []
 
     def start(self) -> None:
-        """Start it and wait until it has subscribed."""
+        """Start it, and wait until it has subscribed."""
         super().start()
         self.wait_log(f"^{_READY}$")
 
     def messages(self, topic: str = "") -> list[FeedMessage]:
-        """All messages so far whose topic's address ends with `topic`."""
+        """Return all messages so far whose address ends with `topic`."""
         self._messages += [FeedMessage(*json.loads(line)) for line in self.new_lines() if line.startswith("[")]
         return [message for message in self._messages if message.topic.endswith(topic)]
 
     def session_messages(self) -> list[dict[str, Any]]:
-        """The envelopes on the feed `pysmurf_session_data`."""
+        """Return the envelopes on the feed `pysmurf_session_data`."""
         return [message.message for message in self.messages(".feeds.pysmurf_session_data")]
 
     def metadata(self, stream_id: str) -> list[tuple[str, float, Any]]:
-        """The samples on a stream's metadata feed: field, time (unix seconds), value."""
+        """Return the samples on a stream's metadata feed: field, time (unix seconds), value."""
         return [
             (field, timestamp, value)
             for message in self.messages(f".feeds.{stream_id}_meta")
@@ -62,11 +62,11 @@ class Subscriber(Process):
 
 
 def main(url: str, *topics: str) -> None:
-    """Print every message on the topics as a line of JSON, for ever."""
+    """Print every message of the topics as a line of JSON, until the process is killed."""
     from autobahn.twisted.wamp import ApplicationRunner, ApplicationSession
     from autobahn.wamp.types import SubscribeOptions
 
-    out = sys.stdout  # autobahn puts its logger in this place
+    out = sys.stdout  # autobahn replaces sys.stdout with its logger
 
     class Session(ApplicationSession):  # type: ignore[misc]
         async def onJoin(self, _details: object) -> None:
@@ -76,7 +76,7 @@ def main(url: str, *topics: str) -> None:
             print(_READY, file=out, flush=True)
 
         def on_event(self, *args: Any, details: Any) -> None:
-            # an OCS feed publishes one pair: message and feed; other topics publish as they like
+            # OCS publishes a pair of message and feed; other topics publish anything
             pair = args[0] if len(args) == 1 and isinstance(args[0], list) and len(args[0]) == 2 else [args, {}]
             print(json.dumps([details.topic, *pair], default=repr), file=out, flush=True)
 

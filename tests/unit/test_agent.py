@@ -79,7 +79,7 @@ def test_a_datagram_is_on_the_queue_as_its_metadata_when_it_was_received(
     assert monitor.file_queue.empty()
 
 
-def test_what_registers_no_file_stays_off_the_queue(monitor: PysmurfMonitor, publisher: Publisher) -> None:
+def test_other_messages_are_not_queued(monitor: PysmurfMonitor, publisher: Publisher) -> None:
     for payload, kind in (("step", "session_log"), ({"a": 1}, "session_data"), ({}, "start"), ([1], "general")):
         monitor.datagramReceived(publisher.encode(payload, kind), ADDRESS)
     for garbage in (b"", b"no JSON", b"\x80", b'{"type": "data_file"}'):
@@ -139,9 +139,7 @@ def test_run_goes_on_until_it_is_stopped_and_can_be_run_again(
         assert not monitor.running
 
 
-def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
-    publisher: Publisher, tmp_path: Path
-) -> None:
+def test_run_is_degraded_while_files_cannot_be_registered(publisher: Publisher, tmp_path: Path) -> None:
     monitor = PysmurfMonitor(MagicMock(), documented_args(tmp_path, create_table=False))
     payload = data_file(str(a_file(tmp_path, "x.txt")))
     monitor.datagramReceived(publisher.encode(payload, "data_file"), ADDRESS)
@@ -149,7 +147,7 @@ def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
     thread = threading.Thread(target=lambda: monitor.run(session))
     thread.start()
     wait_until(lambda: monitor._health.conditions, 10, "it is degraded")
-    monitor._show()
+    monitor._update_session()
     assert session.degraded is True
     assert "--create-table" in session.data["degraded"]["database"]
 
@@ -165,7 +163,7 @@ def test_run_is_degraded_by_what_holds_files_up_and_no_longer_when_it_is_gone(
     assert session.degraded is False
 
 
-def test_run_outlives_an_unforeseen_error_and_tells_of_it(
+def test_run_survives_and_reports_an_unexpected_error(
     monitor: PysmurfMonitor, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent_module, "_RESTART_S", 0.01)
@@ -230,9 +228,7 @@ def test_create_table_is_a_boolean(text: str, value: bool) -> None:
 @pytest.mark.parametrize(
     "arguments", [("--create-table", "maybe"), ("--create-table",), ("--udp-port", "x"), ("--give-up-after", "-1")]
 )
-def test_an_option_that_makes_no_sense_is_refused(
-    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_invalid_option_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         make_parser().parse_args(arguments)
 
@@ -269,7 +265,7 @@ def test_the_operation_is_documented_as_ocs_shows_it() -> None:
     assert (PysmurfMonitor.run.__doc__ or "").splitlines()[0] == "run(test_mode=False)"
 
 
-def test_a_stop_that_comes_when_run_has_just_ended_is_not_for_the_next_run(
+def test_a_stop_after_run_has_ended_does_not_stop_the_next_run(
     monitor: PysmurfMonitor, publisher: Publisher, tmp_path: Path
 ) -> None:
     ended = MagicMock()
@@ -288,7 +284,7 @@ def test_a_stop_that_comes_when_run_has_just_ended_is_not_for_the_next_run(
     assert not thread.is_alive()
 
 
-def test_a_stop_that_comes_while_run_is_starting_ends_it_and_leaves_its_status_to_ocs(monitor: PysmurfMonitor) -> None:
+def test_a_stop_while_run_is_starting_ends_it_and_leaves_its_status_to_ocs(monitor: PysmurfMonitor) -> None:
     session = MagicMock(status="starting")
     assert monitor._stop(session)[0]
     thread = threading.Thread(target=monitor.run, args=(session, {}))
@@ -299,7 +295,7 @@ def test_a_stop_that_comes_while_run_is_starting_ends_it_and_leaves_its_status_t
     session.set_status.assert_not_called()
 
 
-def test_a_stop_between_the_last_work_and_the_end_is_not_for_the_next_run(
+def test_a_stop_between_the_last_work_and_the_end_does_not_stop_the_next_run(
     monitor: PysmurfMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, work = MagicMock(), monitor._registrar.run
@@ -315,7 +311,7 @@ def test_a_stop_between_the_last_work_and_the_end_is_not_for_the_next_run(
     assert not monitor._registrar._stopping.is_set()
 
 
-def test_run_begins_without_the_conditions_of_the_one_before(monitor: PysmurfMonitor) -> None:
+def test_run_starts_without_the_conditions_of_the_previous_run(monitor: PysmurfMonitor) -> None:
     monitor._health.conditions.set_condition("database", "locked")
     monitor._health.conditions.set_condition("socket", "lost")
     session = MagicMock()
@@ -324,7 +320,7 @@ def test_run_begins_without_the_conditions_of_the_one_before(monitor: PysmurfMon
     assert session.data["degraded"] == {"socket": "lost"}
 
 
-def test_what_senders_lost_is_in_the_session_data(monitor: PysmurfMonitor, publisher: Publisher) -> None:
+def test_lost_messages_are_in_the_session_data(monitor: PysmurfMonitor, publisher: Publisher) -> None:
     session = MagicMock()
     for payload, kind, arrives in (
         ("x", "session_log", True),
@@ -337,9 +333,9 @@ def test_what_senders_lost_is_in_the_session_data(monitor: PysmurfMonitor, publi
             monitor.datagramReceived(datagram, ADDRESS)
     monitor.run(session, {"test_mode": True})
     assert session.data["lost"]["gaps"] == 0
-    monitor._report.look()
+    monitor._report.update()
     assert session.data["lost"]["gaps"] == 0, "it may still come"
-    wait_until(lambda: monitor._look() or session.data["lost"]["gaps"] == 1, 5, "the gap is told")
+    wait_until(lambda: monitor._update() or session.data["lost"]["gaps"] == 1, 5, "the gap is told")
 
     assert session.data["malformed"] == {"wrong or missing field": 1}
     assert session.degraded is True

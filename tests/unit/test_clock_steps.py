@@ -10,8 +10,8 @@ import pytest
 from socs_monitor.feeds.forwarding import BACKLOG_AGE_S
 from socs_monitor.health.activity import MAX_STREAMS
 from socs_monitor.health.log import THROTTLE_S
-from socs_monitor.registration.registrar import StoppedError
-from socs_monitor.report import LOSS_S, OLDEST_S
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.report import BACKLOG_S, LOSS_S
 from socs_monitor.wire.sequences import GRACE_S
 from tests.chain import SETTLE_S, Chain, Clock, execute, write_lock
 from tests.unit.feeds.test_forwarding import NO_ROUTER
@@ -88,7 +88,7 @@ def test_the_age_of_the_oldest_registration_is_that_of_its_wait(bench: Bench, cl
 
     def locked() -> bool:
         clock.step(step)
-        assert bench.look(OLDEST_S)["queue"] == {"depth": 1, "oldest": OLDEST_S}
+        assert bench.look(BACKLOG_S)["queue"] == {"depth": 1, "oldest": BACKLOG_S}
         assert set(bench.degraded()) == {"database"}
         seen.append(set(bench.degraded(1)))
         return False

@@ -77,7 +77,7 @@ def test_all_allowed_senders_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["10.0.0.5/24", "host", "10.0.0.0/33", "::1/129"])
-def test_a_sender_that_is_no_network_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_network_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(tmp_path, [], ["--allow-sender", text])
     assert stop.value.code == 2
@@ -93,9 +93,7 @@ def test_options_that_are_given_once_are_as_ocs_has_them(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], 0), (["--crossbar-timeout", "7"], 7)], ids=str)
-def test_the_agent_waits_for_the_router_for_ever_unless_told_otherwise(
-    tmp_path: Path, given: list[str], expected: int
-) -> None:
+def test_the_agent_waits_for_the_router_forever_by_default(tmp_path: Path, given: list[str], expected: int) -> None:
     assert parse(tmp_path, [], given).crossbar_timeout == expected
 
 

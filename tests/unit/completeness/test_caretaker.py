@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from socs_monitor.completeness import caretaker as caretaker_module
-from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile, StoppedError
+from socs_monitor.completeness.caretaker import RETRY_S, Caretaker, HashFile
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.workers import FailedLarge, HashedLarge
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.work import FailedLarge, HashedLarge
 from socs_monitor.suprsync.archive import Entry
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
 from socs_monitor.suprsync.upsert import HashedFile
@@ -166,7 +167,7 @@ def test_rows_of_files_that_are_gone_are_reported_and_left_as_they_are(site: Sit
     assert rows(site.db_path) == before
     assert site.figures()["row_without_file"] == 3
     (line,) = (line for line in site.said if "event=row_without_file" in line)
-    assert line.startswith("3 rows wait for a copy of a file that is gone, among them ")
+    assert line.startswith("3 rows wait for the copy of a file that is gone, for example ")
 
 
 def test_a_file_that_is_back_is_copied(site: Site) -> None:
@@ -204,7 +205,7 @@ def test_nothing_but_regular_files_below_the_data_roots_is_opened(site: Site, tm
     assert site.row("b")["failed_copy_attempts"] == 6
 
 
-def test_every_stuck_row_is_looked_at_however_many_there_are(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stuck_row_is_checked_however_many_there_are(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caretaker_module, "_BATCH", 10)
     for number in range(35):
         site.register(f"{number:02}", b"content", failed_copy_attempts=6)
@@ -216,7 +217,7 @@ def test_every_stuck_row_is_looked_at_however_many_there_are(site: Site, monkeyp
     assert "count=35" in lines[-1]
 
 
-def test_a_row_that_suprsync_writes_meanwhile_is_left_to_the_next_pass(site: Site) -> None:
+def test_a_row_that_suprsync_writes_meanwhile_is_left_for_the_next_pass(site: Site) -> None:
     site.register("a", b"content", failed_copy_attempts=6)
 
     def meanwhile(path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
@@ -248,7 +249,7 @@ def test_a_locked_database_ends_the_pass(site: Site) -> None:
     assert site.caretaker.run_pass() == 1
 
 
-def test_the_thread_looks_again_and_again_whatever_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_survives_every_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caretaker_module, "FIRST_S", 0.01)
     monkeypatch.setattr(caretaker_module, "INTERVAL_S", 0.01)
     faults = iter([DatabaseUnavailableError("no"), ZeroDivisionError("nobody thought of it")])
@@ -268,7 +269,7 @@ def test_the_thread_looks_again_and_again_whatever_happens(site: Site, monkeypat
     assert [line for line in site.said if "nobody thought of it" in line and "event=internal_error" in line]
 
 
-def test_a_stop_ends_it_within_a_second_also_while_it_hashes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stops_within_a_second_even_while_hashing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caretaker_module, "FIRST_S", 0.0)
     path = site.register("a", b"content", failed_copy_attempts=6)
     with open(path, "wb") as file:
@@ -306,7 +307,7 @@ def test_a_disk_that_hangs_does_not_hold_up_a_stop(site: Site, monkeypatch: pyte
     assert site.row()["failed_copy_attempts"] == 6
 
 
-def test_a_pass_ends_where_there_are_no_workers_any_more(site: Site) -> None:
+def test_a_pass_ends_if_the_workers_have_ended(site: Site) -> None:
     site.register("a", b"content", failed_copy_attempts=6)
     site.begin(hash_it=lambda path, stopped: None)
     with pytest.raises(StoppedError):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from socs_monitor.completeness import scan as backfill
+from socs_monitor.completeness import scan as scan_module
 from socs_monitor.completeness.scan import QUIET_S, Scan, registration_of
 from socs_monitor.suprsync.archive import Entry, candidates
 from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
@@ -61,7 +61,7 @@ def test_files_that_no_row_names_are_found_in_order(bench: Bench) -> None:
     assert scan.progress() == {"timestamp": bench.clock.now, "seen": 4, "unregistered": 3, "paths": list(scan)}
 
 
-def test_what_is_no_timestream_is_left_alone(bench: Bench) -> None:
+def test_other_files_are_not_timestreams(bench: Bench) -> None:
     right = bench.write("17000/a/1.g3")
     for name in (
         "17000/1.g3",
@@ -81,7 +81,7 @@ def test_what_is_no_timestream_is_left_alone(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("age_s", "found"), [(0, False), (QUIET_S - 1, False), (QUIET_S + 1, True)])
-def test_what_may_still_be_written_is_left_alone(bench: Bench, age_s: float, found: bool) -> None:
+def test_a_file_that_may_still_be_written_is_skipped(bench: Bench, age_s: float, found: bool) -> None:
     path = bench.write("17000/a/1.g3", age_s)
     scan = bench.scan()
 
@@ -97,8 +97,8 @@ def test_a_row_names_a_file_in_whatever_state_it_is(bench: Bench) -> None:
     assert list(bench.scan()) == []
 
 
-def test_many_files_are_looked_up_in_portions_and_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "_AT_A_TIME", 10)
+def test_files_are_looked_up_and_reported_in_batches(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_BATCH", 10)
     paths = [bench.write(f"17000/a/{number:03}.g3") for number in range(35)]
     bench.register(*paths[::2])
     found = list(bench.scan())
@@ -142,7 +142,7 @@ def test_without_a_database_nothing_is_made(bench: Bench) -> None:
     assert not os.path.exists(bench.db_path)
 
 
-def test_what_is_found_is_registered_as_its_datagram_would_be() -> None:
+def test_a_found_file_is_registered_like_an_announced_one() -> None:
     path = "/data/so/timestreams/17000/a/1.g3"
     meta, incoming = registration_of(path)
 

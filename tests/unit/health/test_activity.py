@@ -15,7 +15,7 @@ def streams(clock: Clock) -> StreamActivity:
     return StreamActivity(clock, clock.monotonic)
 
 
-def test_files_and_metadata_are_told_by_stream(streams: StreamActivity, clock: Clock) -> None:
+def test_files_and_metadata_are_counted_by_stream(streams: StreamActivity, clock: Clock) -> None:
     begin = clock.now
     streams.registered(["crate1slot2", "STREAMER:s1", "s1"])
     clock.advance(1)
@@ -30,7 +30,7 @@ def test_files_and_metadata_are_told_by_stream(streams: StreamActivity, clock: C
     assert streams.files() == {"crate1slot2": 1, "s1": 2, "s2": 0}
 
 
-def test_a_day_is_that_of_utc_and_the_count_since_the_start_goes_on(streams: StreamActivity, clock: Clock) -> None:
+def test_files_today_restart_at_midnight_utc_and_the_total_does_not(streams: StreamActivity, clock: Clock) -> None:
     clock.now = 19_700 * DAY_S - 1.0
     streams.registered(["s1", "s1"])
     assert streams.data()["s1"]["files_today"] == 2
@@ -41,9 +41,7 @@ def test_a_day_is_that_of_utc_and_the_count_since_the_start_goes_on(streams: Str
     assert (streams.data()["s1"]["files_today"], streams.files()) == (1, {"s1": 3})
 
 
-def test_streams_without_files_give_way_and_then_those_that_are_silent_longest(
-    streams: StreamActivity, clock: Clock
-) -> None:
+def test_streams_without_files_are_dropped_first_then_the_longest_silent(streams: StreamActivity, clock: Clock) -> None:
     for number in range(MAX_STREAMS - 1):
         clock.advance(1)
         streams.registered([f"s{number}"])
@@ -72,7 +70,7 @@ def test_a_streams_name_is_short_and_fit_to_be_shown(streams: StreamActivity, na
     assert figures["files_today"] == 1
 
 
-def test_the_last_write_and_the_longest_of_the_last_minute_are_told(clock: Clock) -> None:
+def test_the_last_and_the_longest_recent_write_are_reported(clock: Clock) -> None:
     writes = WriteTimes(clock.monotonic)
     assert writes.data() == {"write": 0.0, "write_max": 0.0, "errors": 0, "corrected": 0, "row_without_file": 0}
     for seconds in (0.1, 0.9, 0.2):

@@ -11,7 +11,7 @@ from tests.chain import SETTLE_S, Chain, Clock, md5
 from tests.testbed.processes import wait_until
 
 
-def test_a_file_that_grew_is_registered_again_ever_more_rarely_until_it_rests(chain: Chain, clock: Clock) -> None:
+def test_a_growing_file_is_registered_again_with_doubling_delays(chain: Chain, clock: Clock) -> None:
     content = b"x"
     chain.write("grows.dat", content)
     chain.accept("grows.dat")

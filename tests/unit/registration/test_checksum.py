@@ -60,7 +60,7 @@ with_all = pytest.mark.parametrize("opened", OPENERS)
 
 @pytest.mark.parametrize("size", [0, 1, 4096, MEGABYTE - 1, MEGABYTE, MEGABYTE + 1, 5 * MEGABYTE])
 @pytest.mark.parametrize("hashed", HASHERS)
-def test_the_sum_is_that_of_the_whole_file(tmp_path: Path, hashed: Callable[[Path], Checksum], size: int) -> None:
+def test_the_whole_file_is_hashed(tmp_path: Path, hashed: Callable[[Path], Checksum], size: int) -> None:
     path = tmp_path / "file"
     content = os.urandom(size)
     write_file(path, content)
@@ -69,7 +69,7 @@ def test_the_sum_is_that_of_the_whole_file(tmp_path: Path, hashed: Callable[[Pat
 
 
 @pytest.mark.parametrize("change", ["size", "mtime", "inode"])
-def test_a_fingerprint_tells_a_change(tmp_path: Path, change: str) -> None:
+def test_a_fingerprint_changes_with_size_mtime_and_inode(tmp_path: Path, change: str) -> None:
     path = tmp_path / "file"
     write_file(path, b"content")
     before, times = look(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
@@ -95,7 +95,7 @@ def test_a_file_above_a_size_is_left_alone(tmp_path: Path) -> None:
     assert checksum(str(path), ANY, 100) == at_once(path)
 
 
-def test_a_file_of_which_less_can_be_read_than_its_size_is_left_to_be_read_to_its_end() -> None:
+def test_a_file_with_a_short_read_is_left_to_be_read_in_slices() -> None:
     path = Path("/sys/class/net/lo/mtu")
     content = path.read_bytes()
     assert 0 < len(content) < path.stat().st_size, "the test cannot tell"
@@ -151,7 +151,7 @@ def test_a_slice_ends_when_it_is_told_to_and_the_next_goes_on_from_there(tmp_pat
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Reading:
-    """A file of which a slice was read."""
+    """A file whose first slice was read."""
     write_large(tmp_path / "large", 2 * SLICE)
     reading = Reading(str(tmp_path / "large"), ANY)
     assert reading.next_slice(lambda: True) is None
@@ -169,7 +169,7 @@ def test_a_file_that_is_replaced_or_cut_is_read_from_its_beginning(begun: Readin
         os.rename(tmp_path / "other", path)
 
     assert finish(begun) == Checksum(sum_, fingerprint(path.stat()))
-    assert begun.read == SLICE + path.stat().st_size, "what was read in vain counts, too"
+    assert begun.read == SLICE + path.stat().st_size, "bytes of the replaced file count, too"
 
 
 @pytest.mark.parametrize("change", ["grown", "changed in place"])
@@ -212,7 +212,7 @@ def test_between_slices_a_file_may_vanish_or_be_refused(begun: Reading, tmp_path
     [("FIFO", "a FIFO"), ("directory", "a directory"), ("socket", "a socket"), ("/dev/zero", "a character device")],
 )
 @pytest.mark.parametrize("rooted", [False, True])
-def test_what_is_no_regular_file_is_refused_at_once(
+def test_anything_but_a_regular_file_is_refused_at_once(
     tmp_path: Path, opened: Callable[[Path, Access], object], made: str, what: str, rooted: bool
 ) -> None:
     path = tmp_path / "special"
@@ -248,7 +248,7 @@ def test_a_missing_file_is_missing_and_not_refused(tmp_path: Path, opened: Calla
 
 
 @with_all
-def test_links_in_a_circle_are_an_error_of_the_system(tmp_path: Path, opened: Callable[[Path, Access], object]) -> None:
+def test_a_loop_of_links_is_an_os_error(tmp_path: Path, opened: Callable[[Path, Access], object]) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
 

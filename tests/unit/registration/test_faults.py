@@ -1,4 +1,4 @@
-"""The registrar and a database, or a spool, that does not take what it is given."""
+"""The registrar when the database or the spool fails, or an error is unexpected."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.workers import SMALL
+from socs_monitor.suprsync import archive
 from socs_monitor.wire.publisher import data_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
 
@@ -74,7 +77,7 @@ def test_a_locked_database_is_waited_out_while_intake_goes_on(chain: Chain, cloc
     assert [level for level, _ in chain.said[said:]] == ["error", "info", "info"], chain.said[said:]
 
 
-def test_a_lock_is_tried_again_ever_more_rarely_and_every_one_to_two_seconds_in_the_end(chain: Chain) -> None:
+def test_a_lock_is_retried_with_backoff_up_to_two_seconds(chain: Chain) -> None:
     chain.write("0.dat", b"0")
     chain.accept("0.dat")
     chain.step()
@@ -131,7 +134,7 @@ def test_nothing_leaves_the_spool_before_its_row_is_on_the_disk(
     assert not bool(chain.health.conditions)
 
 
-def test_a_spool_that_is_locked_after_the_commit_is_told_later(chain: Chain, clock: Clock) -> None:
+def test_a_spool_that_is_locked_after_the_commit_is_updated_later(chain: Chain, clock: Clock) -> None:
     def row_is_there() -> None:
         assert chain.sums() == {"a.dat": sum_}
         assert chain.counts() == {"received": 1, "pending": 1}
@@ -166,7 +169,7 @@ def test_garbage_in_the_databases_place_is_left_alone(chain: Chain, garbage: byt
     chain.accept("1.dat")
 
     def restore() -> bool:
-        assert "no SQLite database" in chain.health.data(chain.spool.counts)["degraded"]["database"]
+        assert "not an SQLite database" in chain.health.data(chain.spool.counts)["degraded"]["database"]
         assert chain.db_path.read_bytes() == garbage
         if len(chain.waits) == 3:
             chain.db_path.unlink()
@@ -184,7 +187,7 @@ def move_database_away(chain: Chain) -> None:
         path.unlink()
 
 
-def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, clock: Clock) -> None:
+def test_settling_files_are_registered_again_after_the_database_was_removed(chain: Chain, clock: Clock) -> None:
     sum_ = chain.write("a.dat", b"a")
     chain.accept("a.dat")
     chain.step()
@@ -197,7 +200,7 @@ def test_what_settles_is_written_again_though_nothing_else_comes(chain: Chain, c
     assert chain.counts() == {"received": 1, "settled": 1}
 
 
-def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(chain: Chain, clock: Clock) -> None:
+def test_settling_files_are_registered_in_a_database_that_replaced_another(chain: Chain, clock: Clock) -> None:
     for name in ("a.dat", "b.dat"):
         chain.write(name, name.encode())
         chain.accept(name)
@@ -214,7 +217,7 @@ def test_what_settles_is_written_to_a_database_that_took_the_place_of_another(ch
     assert chain.counts() == {"received": 3, "settled": 3}
 
 
-def test_a_replaced_database_is_noticed_whoever_saw_it_first(chain: Chain, clock: Clock) -> None:
+def test_a_replaced_database_is_noticed_even_after_a_read_reopened_it(chain: Chain, clock: Clock) -> None:
     chain.accept("missing.dat")
     chain.step()
     execute(chain.spool_path, "UPDATE registrations SET attempts = 1000, due = ?", clock.monotonic() + 1)
@@ -262,3 +265,99 @@ def test_a_registration_that_names_our_own_databases_does_no_harm(chain: Chain, 
     chain.accept("b.dat")
     chain.step()
     assert rows_for_others(chain) == 2
+
+
+class Broken:
+    """Stands in for the database's method `name`: it fails unexpectedly for files named ``bad.dat``.
+
+    Args:
+        chain: The chain.
+        name: The method, which takes files, entries or paths.
+    """
+
+    def __init__(self, chain: Chain, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self._patch = monkeypatch
+        method = getattr(chain.database, name)
+
+        def broken(things: Iterable[object]) -> object:
+            things = list(things)
+            if "/bad.dat" in str(things):
+                raise ValueError("odd")
+            return method(things)
+
+        monkeypatch.setattr(chain.database, name, broken)
+
+    def repair(self) -> None:
+        self._patch.undo()
+
+
+def check_culprit(chain: Chain, broken: Broken, count: int = 1) -> None:
+    """The culprits alone are dead letters that can be retried."""
+    assert chain.dead_letters() == [("bad.dat", "Unexpected error ValueError('odd'). Please report it", False)] * count
+    broken.repair()
+    assert chain.registrar.retry() == count
+    sum_ = chain.write("bad.dat", b"repaired")
+    chain.step()
+    assert chain.sums()["bad.dat"] == sum_
+    assert chain.spool.counts["dead"] == 0
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_pending_registration_that_fails_unexpectedly_twice_is_a_dead_letter(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    broken = Broken(chain, monkeypatch, "register")
+    sum_ = chain.write("a.dat", b"a")
+    for name in ("a.dat", "bad.dat"):
+        if not waiting:
+            chain.write(name, b"a")
+        chain.accept(name)
+    if waiting:
+        chain.step()
+        assert chain.spool.counts["waiting"] == 1
+        chain.write("bad.dat", b"bad")
+        clock.advance(1)
+    chain.step()
+    assert chain.sums() == {"a.dat": sum_}
+    check_culprit(chain, broken)
+
+
+def test_a_registered_file_that_fails_unexpectedly_twice_is_a_dead_letter(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.dat", "bad.dat"):
+        chain.write(name, b"x")
+        chain.accept(name)
+    chain.step()
+    for name in ("a.dat", "bad.dat"):  # what is refused now is withdrawn
+        chain.path(name).unlink()
+        chain.path(name).mkdir()
+    broken = Broken(chain, monkeypatch, "withdraw")
+    clock.advance(SETTLE_S)
+    chain.step()
+    assert chain.counts() == {"received": 2, "dead": 2}
+    assert [refused for _, _, refused in chain.dead_letters()] == [True, False]
+    chain.path("bad.dat").rmdir()
+    chain.spool.discard([chain.spool.dead()[0].id])
+    check_culprit(chain, broken)
+
+
+def test_a_large_file_that_fails_for_one_registration_is_registered_for_the_others(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sum_ = chain.write("large.dat", bytes(SMALL + 1))
+    for action in ("one", "bad", "two"):
+        chain.accept("large.dat", action=action)
+    chain.step()
+    candidates = archive.candidates
+
+    def broken(meta: dict[str, object]) -> object:
+        if meta["action"] == "bad":
+            raise ValueError("odd")
+        return candidates(meta)
+
+    monkeypatch.setattr(archive, "candidates", broken)
+    chain.hash_large()
+    chain.step()
+    assert [row["local_md5sum"] for row in chain.rows()] == [sum_, sum_]
+    assert chain.counts() == {"received": 3, "registered": 2, "dead": 1}

@@ -1,4 +1,4 @@
-"""The delays of retries and re-checks, and when a file is given up."""
+"""The schedule of retries and re-checks, and when a file is given up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from socs_monitor.registration.lookup import duration, is_given_up, recheck_delay, retry_delay
+from socs_monitor.registration.lookup import is_given_up, recheck_delay, retry_delay
 
 
 def test_the_delays_of_a_missing_file_double_from_a_tenth_of_a_second_to_a_minute() -> None:
@@ -27,7 +27,7 @@ def test_a_file_is_given_up_once_it_was_looked_for_long_enough(attempts: int, gi
 
 
 @pytest.mark.parametrize("give_up_after", [0.0, 0.1, 5.0, 3600.0, 86400.0])
-def test_a_file_is_looked_for_no_more_than_a_delay_longer_than_promised(give_up_after: float) -> None:
+def test_a_file_is_given_up_at_most_one_delay_late(give_up_after: float) -> None:
     looked_for = 0.0
     for attempts in itertools.count():
         if is_given_up(attempts, give_up_after):
@@ -50,10 +50,3 @@ def test_the_delay_of_a_recheck_doubles_with_each_change_up_to_a_minute(rounds: 
     assert settle_after <= delay <= max(settle_after, 60.0)
     if rounds:
         assert recheck_delay(rounds + 1, settle_after) == max(settle_after, min(2 * delay, 60.0))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (86400, "24 h")]
-)
-def test_a_time_span_is_written_as_a_person_reads_it(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from socs_monitor import crashpoint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.registrar import StoppedError
+from socs_monitor.registration.retry import StoppedError
 from tests.chain import Chain, Clock, execute, md5, write_lock
 
 SETTLE_S = 5.0
@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
                     self.watched[key] = self.clock.now
 
     def may_have_given_up(self) -> None:
-        """A missing file of which a row tells was looked for long enough, and nobody looks any more."""
+        """A missing file that has a row was waited for long enough, and has settled."""
         if not self.is_garbage:
             for key in self.watched.keys() & self.row_keys():
                 if key[0] not in self.disk and self.clock.now >= self.since[key] + GIVE_UP_S:

@@ -1,4 +1,4 @@
-"""The threads that do all file operations: what they find, how they share and take turns, and those that hang."""
+"""The workers: what they find, how they share readings and take turns, and what happens when one hangs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,28 @@ import pytest
 from socs_monitor.registration import checksum
 from socs_monitor.registration.checksum import Access, present_fingerprint
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.parking import MAX_FOLDERS, Parking
-from socs_monitor.registration.workers import (
-    HANG_S,
-    HANGS,
-    MAX_TASKS,
-    STALL_S,
+from socs_monitor.registration.parking import MAX_FOLDERS, HungError, Parking
+from socs_monitor.registration.work import (
     Failed,
     FailedLarge,
-    Hash,
     Hashed,
     HashedLarge,
+    HashResult,
     Recheck,
     Rechecked,
     Result,
     Task,
-    Verify,
-    Workers,
 )
-from socs_monitor.spool.store import Registration
+from socs_monitor.registration.workers import HANG_S, MAX_TASKS, STALL_S, Workers
+from socs_monitor.spool.records import Registration
+from socs_monitor.spool.states import Event
 from socs_monitor.suprsync.archive import candidates
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.publisher import data_file
 from tests.chain import Clock, md5, write_file
 from tests.testbed.processes import wait_until
 
+HANGS = str(HungError())
 SMALL = 10
 LARGE = b"more than the quick worker hashes"
 
@@ -86,7 +83,7 @@ class Bench:
         self._spawned: list[threading.Thread] = []
         self.results: list[Result] = []
         policy = Policy(data_roots=(str(root),), hash_workers=options.pop("hash_workers", 2))
-        self.parking = options.pop("parking", Parking)(policy.data_roots, self.spawn)
+        self.parking = options.pop("parking", Parking)(Access(policy.data_roots), self.spawn)
         options = {"small": SMALL, **options}
         self.workers = Workers(
             policy, self.parking, lambda: None, spawn=self.spawn, monotonic=clock.monotonic, **options
@@ -121,7 +118,7 @@ class Bench:
         self.workers.submit(tasks)
 
     def wait(self, count: int, why: str = "the tasks are done") -> list[Result]:
-        """Wait for so many results altogether, and return all."""
+        """Wait for a total number of results, and return all."""
 
         def enough() -> bool:
             self.results += self.workers.take()
@@ -141,7 +138,7 @@ class Bench:
         return self.results
 
     def supervise_for(self, seconds: float, every: float = 1.0) -> None:
-        """Look at the workers each second, or so often, for so many seconds."""
+        """Supervise the workers for a number of seconds."""
         self.workers.supervise()
         for _ in range(round(seconds / every)):
             self.clock.advance(every)
@@ -170,8 +167,8 @@ def reasons(results: list[Result]) -> dict[int, str | None]:
     for result in results:
         if isinstance(result, (HashedLarge, FailedLarge)):
             found.update(dict.fromkeys(result.ids, result.reason if isinstance(result, FailedLarge) else None))
-        elif isinstance(result, (Recheck, Rechecked)):
-            found[result.id] = (result.refusal or result.error) if isinstance(result, Rechecked) else None
+        elif isinstance(result, Rechecked):
+            found[result.task.id] = result.reason or None
         else:
             found[result.registration.id] = result.reason if isinstance(result, Failed) else None
     return found
@@ -194,7 +191,7 @@ def test_large_files_are_hashed_by_the_others(bench: Bench) -> None:
     assert {result.ids[0]: result.md5 for result in results if isinstance(result, HashedLarge)} == sums
 
 
-def test_what_fails_is_told_with_its_reason(bench: Bench, tmp_path: Path) -> None:
+def test_every_failure_has_a_reason(bench: Bench, tmp_path: Path) -> None:
     bench.root.joinpath("folder").mkdir()
     bench.root.joinpath("loop").symlink_to(bench.root / "loop")
     bench.root.joinpath("link").symlink_to("/etc/passwd")
@@ -219,7 +216,7 @@ def test_what_fails_is_told_with_its_reason(bench: Bench, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [ValueError("odd"), MemoryError(), OverflowError("odd"), RecursionError("odd")])
 @pytest.mark.parametrize("size", [1, 100])
-def test_an_unexpected_error_is_that_of_one_registration(
+def test_an_unexpected_error_fails_one_registration(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, size: int
 ) -> None:
     find = checksum._find
@@ -243,7 +240,7 @@ def test_an_unexpected_error_is_that_of_one_registration(
     monkeypatch.setattr(checksum, "_find", failing)
     monkeypatch.setattr(os, "lstat", lambda path: failing_look(str(path)))
     tasks = [bench.registration(name, number) for number, name in enumerate(("before", "bad", "after"))]
-    bench.submit(*tasks, Recheck(3, bench.path("bad"), fingerprint), Verify(verified))
+    bench.submit(*tasks, Recheck(3, bench.path("bad"), fingerprint), verified)
     found = reasons(bench.wait(5))
     assert sorted(id_ for id_, reason in found.items() if reason) == [1, 3, 4]
     assert all(repr(error) in (found[id_] or "") for id_ in (1, 3, 4))
@@ -251,7 +248,7 @@ def test_an_unexpected_error_is_that_of_one_registration(
     assert reasons(bench.wait(6))[5] is None
 
 
-def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
+def test_a_recheck_finds_every_kind_of_change(bench: Bench) -> None:
     fingerprints = {}
     for name in ("same", "changed", "replaced", "gone", "folder", "loop"):
         bench.write(name)
@@ -264,23 +261,28 @@ def test_a_recheck_tells_what_became_of_a_file(bench: Bench) -> None:
     os.mkdir(bench.path("folder"))
     os.symlink("loop", bench.path("loop"))
     bench.submit(*(Recheck(id_, bench.path(name), fingerprints[name]) for id_, name in enumerate(fingerprints)))
-    *first, folder, loop = bench.wait(6)
-    unchanged = Recheck(0, bench.path("same"), fingerprints["same"])
-    assert first == [unchanged, Rechecked(1), Rechecked(2), Rechecked(3, missing=True)]
-    assert isinstance(folder, Rechecked)
-    assert "a directory" in str(folder.refusal)
-    assert isinstance(loop, Rechecked)
-    assert "symbolic links" in str(loop.error)
+    results = [result for result in bench.wait(6) if isinstance(result, Rechecked)]
+    assert [result.event for result in results] == [
+        Event.UNCHANGED,
+        Event.CHANGED,
+        Event.CHANGED,
+        Event.MISSING,
+        Event.REFUSED,
+        Event.UNREADABLE,
+    ]
+    assert [result.task.id for result in results] == list(range(6))
+    assert "a directory" in results[4].reason
+    assert "symbolic links" in results[5].reason
 
 
-def test_a_verified_file_is_still_what_was_hashed(bench: Bench) -> None:
+def test_verification_finds_changed_and_missing_files(bench: Bench) -> None:
     for name in ("same", "changed", "gone"):
         bench.write(name)
     same, changed, gone = (bench.hashed(name, id_) for id_, name in enumerate(("same", "changed", "gone")))
     bench.write("changed")
     os.unlink(bench.path("gone"))
     answers: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
-    bench.workers.submit([Verify(hashed) for hashed in (same, changed, gone)], answers.put)
+    bench.workers.submit([same, changed, gone], answers.put)
     first, second, third = answers.get(timeout=20)
     assert first is same
     assert isinstance(second, Failed)
@@ -298,7 +300,7 @@ def sparse(bench: Bench, name: str, size: int) -> None:
         file.truncate(size)
 
 
-def test_the_file_of_which_least_was_read_is_next(tmp_path: Path, clock: Clock) -> None:
+def test_the_least_read_file_is_next(tmp_path: Path, clock: Clock) -> None:
     bench = Bench(tmp_path, clock, hash_workers=1, slice_size=1 << 20)
     for number in range(3):
         sparse(bench, f"huge{number}", 8 << 40)
@@ -318,11 +320,12 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     blockers = [bench.path(f"blocker{number}") for number in range(2)]  # one for each of the two
     for number, blocker in enumerate(blockers):
         bench.write(f"blocker{number}", LARGE)
-        bench.submit(Hash(blocker, lambda _: None))
+        bench.workers.hash(blocker, lambda _: None)
         hang.add(blocker)
     wait_until(lambda: len(hang.hanging) == 2, 20, "both are at work")
-    answers: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
-    bench.submit(*(bench.registration("large", number) for number in range(300)), Hash(path, answers.put))
+    answers: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+    bench.workers.hash(path, answers.put)
+    bench.submit(*(bench.registration("large", number) for number in range(300)))
     wait_until(lambda: not bench.workers._tasks, 20, "all are looked up")
     if not succeeds:
         os.unlink(path)
@@ -330,7 +333,7 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
     (result,) = bench.wait_idle()
     assert isinstance(result, HashedLarge if succeeds else FailedLarge)
     assert result.ids == list(range(300))
-    assert answers.get(timeout=20) == result
+    assert answers.get(timeout=20) == result._replace(ids=())
     if isinstance(result, HashedLarge):
         assert (result.path, result.md5) == (path, sum_)
         assert result.fingerprint == present_fingerprint(path, bench.access, {})
@@ -340,18 +343,18 @@ def test_registrations_of_one_path_share_one_reading(bench: Bench, hang: Hang, s
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
-def test_so_many_registrations_at_most_are_taken_at_a_time(bench: Bench, hang: Hang, succeeds: bool) -> None:
+def test_take_returns_a_bounded_number_of_registrations(bench: Bench, hang: Hang, succeeds: bool) -> None:
     bench.write("large", LARGE)
     for number in range(2):
         bench.write(f"blocker{number}", LARGE)
         hang.add(bench.path(f"blocker{number}"))
-        bench.submit(Hash(bench.path(f"blocker{number}"), lambda _: None))
+        bench.workers.hash(bench.path(f"blocker{number}"), lambda _: None)
     bench.submit(*(bench.registration("large", number) for number in range(2 * MAX_TASKS + 1)))
     wait_until(lambda: not bench.workers._tasks, 20, "all are looked up")
     if not succeeds:
         os.unlink(bench.path("large"))
     hang.release_all()
-    wait_until(lambda: not bench.workers._shared, 20, "all are hashed")
+    wait_until(lambda: not bench.workers._waiting, 20, "all are hashed")
     ids: list[int] = []
     for left in (True, True, False):
         (result,) = bench.workers.take()
@@ -367,7 +370,7 @@ def test_a_large_file_that_becomes_something_else_is_refused(bench: Bench, hang:
     for number in range(2):
         bench.write(f"blocker{number}", LARGE)
         hang.add(bench.path(f"blocker{number}"))
-        bench.submit(Hash(bench.path(f"blocker{number}"), lambda _: None))
+        bench.workers.hash(bench.path(f"blocker{number}"), lambda _: None)
     bench.submit(bench.registration("large", 1))
     wait_until(lambda: not bench.workers._tasks, 20, "it is looked up")
     os.unlink(bench.path("large"))
@@ -405,18 +408,28 @@ def test_a_quick_worker_that_hangs_is_replaced_and_its_tasks_are_done(bench: Ben
     assert len(results) == 10, "what the former worker found is dropped"
 
 
+def test_files_before_and_after_one_that_stalls_do_not_wait_for_it(bench: Bench, hang: Hang) -> None:
+    for number in range(5):
+        bench.write(f"{number}/a.dat")
+    hang.add(bench.path("3/a.dat"))
+    bench.submit(*(bench.registration(f"{number}/a.dat", number) for number in range(5)))
+    wait_until(lambda: hang.hanging, 20, "it hangs")
+    bench.supervise_for(STALL_S, STALL_S)
+    assert reasons(bench.wait(4)) == dict.fromkeys((0, 1, 2, 4))
+
+
 def test_a_worker_that_hangs_in_a_large_file_is_replaced(bench: Bench, hang: Hang) -> None:
     for name in ("hung/large", "hung/another", "other/large"):
         bench.write(name, LARGE)
     path = bench.path("hung/large")
-    answers: queue.SimpleQueue[HashedLarge | FailedLarge] = queue.SimpleQueue()
-    bench.submit(Hash(path, answers.put))  # it is not looked up, so that it hangs only when it is read
+    answers: queue.SimpleQueue[HashResult] = queue.SimpleQueue()
+    bench.workers.hash(path, answers.put)  # it is not looked up, so that it hangs only when it is read
     hang.add(path)
     bench.let_hang(hang, path)
-    assert answers.get(timeout=20) == FailedLarge([], HANGS)
+    assert answers.get(timeout=20) == FailedLarge((), HANGS)
     assert bench.parking.folders == [bench.path("hung")]
     bench.submit(*(bench.registration(name, id_) for id_, name in enumerate(("hung/another", "other/large"))))
-    bench.submit(Hash(bench.path("hung/another"), answers.put))
+    bench.workers.hash(bench.path("hung/another"), answers.put)
     assert reasons(bench.wait_idle()) == {0: HANGS, 1: None}
     assert answers.get(timeout=20).reason == HANGS  # type: ignore[union-attr]
 
@@ -427,12 +440,12 @@ def test_a_worker_that_hangs_in_a_large_file_is_replaced(bench: Bench, hang: Han
     assert len(bench.wait_idle()) == 3
 
 
-def test_as_many_workers_as_before_are_at_work_after_one_hung(bench: Bench, hang: Hang) -> None:
+def test_each_hung_worker_is_replaced_by_one(bench: Bench, hang: Hang) -> None:
     for number in range(2):
         path = bench.path(f"{number}/large")
         bench.write(f"{number}/large", LARGE)
         hang.add(path)
-        bench.submit(Hash(path, lambda _: None))
+        bench.workers.hash(path, lambda _: None)
         bench.let_hang(hang, path)
     hang.release_all()
     wait_until(lambda: not bench.parking, 20, "the disk answers")
@@ -440,7 +453,7 @@ def test_as_many_workers_as_before_are_at_work_after_one_hung(bench: Bench, hang
     for name in names:
         bench.write(name, LARGE)
         hang.add(bench.path(name))
-        bench.submit(Hash(bench.path(name), lambda _: None))
+        bench.workers.hash(bench.path(name), lambda _: None)
     wait_until(lambda: {bench.path(name) for name in names} <= set(hang.hanging), 20, "both work at the same time")
     wait_until(lambda: bench.threads() == ["hash", "hash", "quick"], 20, "the former ones have ended")
 
@@ -460,12 +473,12 @@ def test_a_worker_that_makes_progress_is_left_alone(tmp_path: Path, clock: Clock
     bench.close()
 
 
-def test_each_file_has_its_whole_time(tmp_path: Path, clock: Clock, hang: Hang) -> None:
+def test_the_stall_timeout_begins_again_with_each_file(tmp_path: Path, clock: Clock, hang: Hang) -> None:
     bench = Bench(tmp_path, clock, hash_workers=1)
     for name in ("empty", "another"):
         bench.write(name, b"")
         hang.add(bench.path(name))
-        bench.submit(Hash(bench.path(name), lambda _: None))
+        bench.workers.hash(bench.path(name), lambda _: None)
     wait_until(lambda: bench.path("empty") in hang.hanging, 20, "it is at the first one")
     bench.supervise_for(STALL_S * 0.8, STALL_S * 0.4)
     hang.release(bench.path("empty"))
@@ -544,7 +557,7 @@ def test_a_worker_that_hangs_does_not_keep_the_others_from_ending(bench: Bench, 
     wait_until(lambda: not bench.threads(), 20, "it ends, too")
 
 
-def test_there_is_room_for_so_many_tasks(bench: Bench, hang: Hang) -> None:
+def test_room_shrinks_with_the_tasks_in_hand(bench: Bench, hang: Hang) -> None:
     bench.write("a.dat")
     hang.add(bench.path("a.dat"))
     room = bench.workers.room
@@ -562,7 +575,7 @@ def test_workers_are_busy_until_their_results_are_delivered(bench: Bench) -> Non
         bench.write(name, content)
     busy: list[bool] = []
     bench.workers.submit([bench.registration("small", 1)], lambda results: busy.append(bench.workers.busy))
-    bench.submit(Hash(bench.path("large"), lambda result: busy.append(bench.workers.busy)))
+    bench.workers.hash(bench.path("large"), lambda result: busy.append(bench.workers.busy))
     wait_until(lambda: len(busy) == 2, 20, "both are delivered")
 
     assert busy == [True, True]

@@ -1,4 +1,4 @@
-"""Registrations in every state, for the tests of the spool."""
+"""Fixtures and helpers for the tests of the spool: registrations in any state."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from socs_monitor.spool.records import Incoming, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Incoming, Spool, Transition
+from socs_monitor.spool.store import Spool
 from socs_monitor.wire.publisher import g3_file
 from tests.chain import execute
 
@@ -19,8 +20,8 @@ OpenSpool = Callable[..., Spool]
 
 DUE = 50.0
 
-# By which transition a pending registration gets into a state.
-_WAYS = {
+# The event that moves a pending registration to a state.
+_EVENTS = {
     State.WAITING: Event.FAILED,
     State.REGISTERED: Event.COMMITTED,
     State.DEAD: Event.GIVEN_UP,
@@ -34,7 +35,7 @@ def incoming(number: int, **extra: Any) -> Incoming:
 
 
 def counts(spool: Spool) -> dict[str, int]:
-    """How many registrations are where, without the zeros."""
+    """Number of registrations per state, without zeros."""
     return {state: count for state, count in spool.counts.items() if count}
 
 
@@ -46,17 +47,17 @@ def content(path: str) -> list[dict[str, Any]]:
 
 
 def states(path: str) -> dict[int, str]:
-    """State by id, as the spool's file has it."""
+    """State by id in the spool's file."""
     return dict(execute(path, "SELECT id, state FROM registrations ORDER BY id"))
 
 
 def move(spool: Spool, state: State, *ids: int, due: float = DUE, reason: str = "no such file") -> None:
-    """Bring pending registrations into a state."""
-    spool.apply([Transition(State.PENDING, _WAYS[state], ids, due, reason)])
+    """Move pending registrations to a state."""
+    spool.apply([Transition(State.PENDING, _EVENTS[state], ids, due, reason)])
 
 
-def bring_about(spool: Spool, path: str, id_: int, state: State) -> None:
-    """Bring a pending registration into a state, with two failed attempts and a reason from before."""
+def prepare(spool: Spool, path: str, id_: int, state: State) -> None:
+    """Move a pending registration to a state, with two failed attempts and an old reason."""
     if state is not State.PENDING:
         move(spool, state, id_)
     execute(path, "UPDATE registrations SET attempts = 2, reason = 'former' WHERE id = ?", id_)

@@ -1,4 +1,4 @@
-"""Opening a spool: for one process, never at the cost of one that cannot be read, and with room for a full disk."""
+"""Opening a spool: by one process only, without overwriting an invalid file, and with a reserve for a full disk."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.unit.spool.conftest import OpenSpool, content, counts, incoming, move
 STATES_1 = ("pending", "waiting", "settling", "dead")
 
 
-def test_only_one_process_has_a_spool(open_spool: OpenSpool, path: str) -> None:
+def test_only_one_process_can_open_a_spool(open_spool: OpenSpool, path: str) -> None:
     first = open_spool(reserve=0)
-    with pytest.raises(SpoolBusyError, match=r"in use by another process .*fuser .*spool\.lock.*--spool-path"):
+    with pytest.raises(SpoolBusyError, match=r"in use by another process.*--spool-path.*fuser .*spool\.lock"):
         open_spool()
     assert file.is_locked(path)
     first.accept([incoming(0)])
@@ -39,7 +39,7 @@ def test_only_one_process_has_a_spool(open_spool: OpenSpool, path: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["unknown version", "other layout", "no database", "corrupt", "truncated"])
-def test_a_spool_that_cannot_be_read_is_set_aside_whole_and_a_new_one_is_started(
+def test_an_invalid_spool_is_set_aside_unchanged_and_a_new_one_is_started(
     open_spool: OpenSpool, path: str, said: list[str], damage: str
 ) -> None:
     spool = open_spool(reserve=0)
@@ -71,7 +71,7 @@ def test_a_spool_that_cannot_be_read_is_set_aside_whole_and_a_new_one_is_started
     assert aside.read_bytes() == before
 
 
-def test_a_spool_that_cannot_be_opened_is_left_and_let_go_of(open_spool: OpenSpool, path: str) -> None:
+def test_a_spool_that_cannot_be_opened_is_not_locked(open_spool: OpenSpool, path: str) -> None:
     os.mkdir(path)
     with pytest.raises(SpoolError, match=f"cannot open the spool {path}"):
         open_spool()
@@ -80,24 +80,33 @@ def test_a_spool_that_cannot_be_opened_is_left_and_let_go_of(open_spool: OpenSpo
     open_spool()
 
 
-def test_a_spool_below_a_file_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_spool_inside_a_file_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SpoolError, match="cannot open the spool"):
         Spool(str(tmp_path / "file" / "spool"), print)
 
 
-def test_the_folder_of_a_spool_is_made(tmp_path: Path) -> None:
+def test_the_folder_of_a_spool_is_created(tmp_path: Path) -> None:
     spool = Spool(str(tmp_path / "a" / "b" / "spool"), print)
     spool.close()
 
     assert (tmp_path / "a" / "b" / "spool").is_file()
 
 
-# --- earlier versions
+def test_a_registration_in_an_unknown_state_is_pending(open_spool: OpenSpool, path: str) -> None:
+    spool = open_spool(reserve=0)
+    spool.accept([incoming(0)])
+    spool.close()
+    execute(path, "UPDATE registrations SET state = 'settling'")
+
+    assert counts(open_spool(reserve=0)) == {"pending": 1, "received": 1}
+
+
+# --- migration
 
 
 def write_version_1(path: str, messages_: list[str]) -> list[tuple[float, str, str]]:
-    """Write a spool of version 1, whose registrations are in all its states; return when what came from whom."""
+    """Write a version 1 spool with registrations in all states; return when, from whom and what they are."""
     rows = [(1000.5 + number, f"10.0.0.5:{number}", message) for number, message in enumerate(messages_)]
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode = WAL")
@@ -122,9 +131,7 @@ def write_version_1(path: str, messages_: list[str]) -> list[tuple[float, str, s
     return [rows[0], *rows[2:]]
 
 
-def test_every_registration_of_version_1_is_accepted_as_a_new_one(
-    open_spool: OpenSpool, path: str, said: list[str]
-) -> None:
+def test_registrations_of_version_1_become_new_ones(open_spool: OpenSpool, path: str, said: list[str]) -> None:
     rows = write_version_1(path, [incoming(number).message for number in range(40)] + ["not JSON", ""])
     spool = open_spool(reserve=0)
     new: dict[str, Any] = {
@@ -143,7 +150,7 @@ def test_every_registration_of_version_1_is_accepted_as_a_new_one(
     assert counts(open_spool(reserve=0)) == {"pending": len(rows), "received": len(rows)}
 
 
-def test_many_registrations_of_version_1_are_taken_over_within_seconds(open_spool: OpenSpool, path: str) -> None:
+def test_a_large_version_1_spool_is_migrated_within_seconds(open_spool: OpenSpool, path: str) -> None:
     write_version_1(path, [incoming(number).message for number in range(50_000)])
     begin = time.monotonic()
     spool = open_spool(reserve=0)
@@ -152,7 +159,7 @@ def test_many_registrations_of_version_1_are_taken_over_within_seconds(open_spoo
     assert counts(spool) == {"pending": 49_999, "received": 49_999}
 
 
-def test_a_take_over_that_was_interrupted_is_done_again(open_spool: OpenSpool, path: str) -> None:
+def test_an_interrupted_migration_is_repeated(open_spool: OpenSpool, path: str) -> None:
     write_version_1(path, [incoming(number).message for number in range(9)])
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("BEGIN IMMEDIATE")
@@ -178,11 +185,11 @@ MEGABYTE = 1 << 20
 
 
 def room(path: str) -> int:
-    """Bytes that are free in a spool's file."""
+    """Size of the free pages in a spool's file."""
     return int(execute(path, "PRAGMA freelist_count")[0][0]) * 4096
 
 
-def test_a_new_spool_has_room_in_its_file_and_its_journal(open_spool: OpenSpool, path: str) -> None:
+def test_a_new_spool_has_a_reserve_in_its_file_and_its_journal(open_spool: OpenSpool, path: str) -> None:
     spool = open_spool(reserve=4 * MEGABYTE)
 
     assert room(path) >= 4 * MEGABYTE
@@ -195,15 +202,13 @@ def test_a_new_spool_has_room_in_its_file_and_its_journal(open_spool: OpenSpool,
     assert os.path.getsize(path) == size, "it grows with each start"
 
 
-def test_room_does_not_count_as_used(open_spool: OpenSpool) -> None:
+def test_the_reserve_does_not_count_as_used(open_spool: OpenSpool) -> None:
     spool = open_spool(max_bytes=200_000, reserve=4 * MEGABYTE)
 
     assert spool.accept([incoming(number, comment="x" * 1000) for number in range(100)])
 
 
-def test_a_start_that_was_killed_while_it_made_room_costs_none(
-    open_spool: OpenSpool, path: str, said: list[str]
-) -> None:
+def test_a_kill_while_the_reserve_is_made_costs_no_room(open_spool: OpenSpool, path: str, said: list[str]) -> None:
     open_spool(reserve=0).close()
     execute(path, "CREATE TABLE reserve (room BLOB)")
     execute(path, "INSERT INTO reserve VALUES (zeroblob(4194304))")
@@ -223,7 +228,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         yield disk
 
 
-def test_on_a_full_disk_registrations_are_accepted_settled_and_found_again(disk: Disk) -> None:
+def test_a_full_disk_does_not_prevent_accepting_and_settling(disk: Disk) -> None:
     size = 2 * MEGABYTE
     said: list[str] = []
     spool = Spool(str(disk.path / "spool"), said.append, reserve=size)
@@ -241,7 +246,23 @@ def test_on_a_full_disk_registrations_are_accepted_settled_and_found_again(disk:
     spool.close()
 
 
-def test_when_the_room_is_used_up_nothing_is_half_written_and_the_spool_goes_on_when_there_is_some(disk: Disk) -> None:
+def test_a_closed_spool_can_be_opened_on_a_full_disk(disk: Disk, said: list[str]) -> None:
+    path = str(disk.path / "spool")
+    spool = Spool(path, said.append, reserve=2 * MEGABYTE)
+    spool.accept([incoming(number) for number in range(500)])
+    spool.close()
+    disk.fill()
+
+    for accepted in (500, 1000, 1500):
+        spool = Spool(path, said.append, reserve=2 * MEGABYTE)
+        assert counts(spool) == {"pending": accepted, "received": accepted}
+        assert room(path) >= MEGABYTE, "the reserve is gone"
+        spool.accept([incoming(number) for number in range(500)])
+        spool.close()
+    assert said == []
+
+
+def test_an_exhausted_reserve_fails_cleanly_and_recovers(disk: Disk) -> None:
     spool = Spool(str(disk.path / "spool"), print, reserve=MEGABYTE)
     disk.fill()
     ids: list[int] = []
@@ -259,7 +280,7 @@ def test_when_the_room_is_used_up_nothing_is_half_written_and_the_spool_goes_on_
     spool.close()
 
 
-def test_a_spool_whose_disk_has_no_room_says_so_and_goes_on(disk: Disk) -> None:
+def test_a_missing_reserve_is_reported(disk: Disk) -> None:
     said: list[str] = []
     disk.fill()
     ballast = disk.path / "ballast"
@@ -267,6 +288,6 @@ def test_a_spool_whose_disk_has_no_room_says_so_and_goes_on(disk: Disk) -> None:
     spool = Spool(str(disk.path / "spool"), said.append)
 
     (line,) = said
-    assert "has no room of its own for a full disk" in line
+    assert "The disk has no room for the reserve of the spool" in line
     assert spool.accept([incoming(0)])
     spool.close()

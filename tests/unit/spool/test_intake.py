@@ -1,4 +1,4 @@
-"""The spool's front: every registration comes out once, what is on the queue is on the disk, and memory has a bound."""
+"""The intake: every registration comes out once, nothing is queued before it is on the disk, and memory is limited."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from socs_monitor.health.health import Health
 from socs_monitor.registration import lookup
 from socs_monitor.spool.file import SpoolError
 from socs_monitor.spool.intake import FileQueue, Intake
+from socs_monitor.spool.records import Incoming, Registration, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Incoming, Registration, Spool, Transition
+from socs_monitor.spool.store import Spool
 from socs_monitor.wire import messages
-from socs_monitor.wire.messages import DataFile
+from socs_monitor.wire.messages import FileMessage
 from socs_monitor.wire.publisher import data_file, g3_file
 from tests.chain import Clock, write_lock
 from tests.testbed.processes import wait_until
 from tests.unit.spool.conftest import content
 
-# Room on a queue for three registrations of `meta_of`.
+# Queue memory for three registrations of `meta_of`.
 THREE = 3 * 2_500
 
 
@@ -41,7 +42,7 @@ def number_of(meta: dict[str, Any]) -> int:
 
 
 class Front:
-    """An intake over a real spool, with what it said; it is taken from as the registrar does."""
+    """An intake with a real spool and a captured log; `take` does what the registrar does."""
 
     def __init__(self, path: Path, **limits: Any) -> None:
         self.path = path
@@ -83,9 +84,9 @@ class Front:
         return [*(item for item in items if isinstance(item, Registration)), *adopted]
 
     def take(self, limit: int = 100) -> list[int]:
-        """What can be taken now, from the queue and of what is due in the spool."""
+        """Take what is on the queue and claim what is due in the spool."""
         registrations = self.from_queue(limit)
-        registrations += [lookup.parse(due) for due in self.spool.apply([], self.clock.monotonic(), limit)]
+        registrations += lookup.parse(self.spool.apply([], self.clock.monotonic(), limit), [])
         return [number_of(registration) for registration in registrations]
 
     def take_all(self) -> list[int]:
@@ -94,11 +95,11 @@ class Front:
             taken += some
         return taken
 
-    def restart(self) -> None:
-        self.intake.restart(lambda _: 0.0)
+    def requeue_all(self) -> None:
+        self.intake.requeue_all(lambda _: 0.0)
 
     def stored(self) -> list[int]:
-        """What is in the spool's file, in order."""
+        """The content of the spool's file, in order."""
         return [number_of(messages.parse_file(row["message"]).meta) for row in content(str(self.path))]
 
     def texts(self, event: str) -> list[str]:
@@ -123,7 +124,7 @@ def front(make_front: Callable[..., Front]) -> Front:
     return make_front()
 
 
-def test_what_was_put_is_in_the_spool_and_on_the_queue(front: Front) -> None:
+def test_a_registration_is_in_the_spool_and_on_the_queue(front: Front) -> None:
     front.put(0, 1)
 
     assert front.stored() == [0, 1]
@@ -143,7 +144,7 @@ TURNS = st.lists(
 
 @given(turns=TURNS)
 @settings(max_examples=100, deadline=None)
-def test_however_putting_and_taking_alternate_each_comes_once(
+def test_every_registration_is_taken_once(
     tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[str, int]]
 ) -> None:
     front = Front(tmp_path_factory.mktemp("intake") / "spool", queue_max=THREE)
@@ -166,8 +167,8 @@ def test_however_putting_and_taking_alternate_each_comes_once(
                 taken += [number_of(item) for item in front.from_queue() if item.sender == "file_queue"]
                 front.intake.close()
                 front.open()
-            front.restart()
-            taken = []  # nothing of it was registered, so it comes again
+            front.requeue_all()
+            taken = []  # nothing of it was registered, so all of it comes again
         assert sum(isinstance(item, Registration) for item in front.queue.queue) <= 3
     front.intake.flush()
     taken += front.take_all()
@@ -176,7 +177,7 @@ def test_however_putting_and_taking_alternate_each_comes_once(
     assert sorted(taken) == list(range(sent))
 
 
-def test_what_the_queue_has_no_room_for_is_due_in_the_spool(make_front: Callable[..., Front]) -> None:
+def test_registrations_beyond_the_queue_are_due_in_the_spool(make_front: Callable[..., Front]) -> None:
     front = make_front(queue_max=THREE)
     for number in range(9):
         front.put(number)
@@ -185,10 +186,10 @@ def test_what_the_queue_has_no_room_for_is_due_in_the_spool(make_front: Callable
     assert front.take() == list(range(9))
 
     front.put(9)
-    assert front.queue.qsize() == 1, "the queue is not used any more"
+    assert front.queue.qsize() == 1, "the queue is no longer used"
 
 
-def test_who_empties_the_queue_by_hand_makes_room_on_it(make_front: Callable[..., Front]) -> None:
+def test_emptying_the_queue_by_hand_makes_room_on_it(make_front: Callable[..., Front]) -> None:
     front = make_front(queue_max=THREE)
     for number in range(12):
         front.put(number)
@@ -196,10 +197,10 @@ def test_who_empties_the_queue_by_hand_makes_room_on_it(make_front: Callable[...
         assert number_of(front.queue.get_nowait()) == number
 
 
-def test_a_restart_takes_registrations_off_the_queue_and_leaves_what_others_put_there(front: Front) -> None:
+def test_a_start_removes_only_registrations_from_the_queue(front: Front) -> None:
     front.put(0, 1)
     front.queue.put(meta_of(2))
-    front.restart()
+    front.requeue_all()
 
     assert [number_of(item) for item in front.queue.queue] == [2]
     assert sorted(front.take_all()) == [0, 1, 2]
@@ -208,7 +209,7 @@ def test_a_restart_takes_registrations_off_the_queue_and_leaves_what_others_put_
 # --- plain dicts
 
 
-def test_a_plain_dict_on_the_queue_is_a_registration_like_any(front: Front) -> None:
+def test_a_plain_dict_on_the_queue_becomes_a_registration(front: Front) -> None:
     front.put(0)
     front.queue.put(meta_of(1))
     first, adopted = front.from_queue()
@@ -218,11 +219,11 @@ def test_a_plain_dict_on_the_queue_is_a_registration_like_any(front: Front) -> N
     assert adopted == meta_of(1)
     assert front.stored() == [0, 1]
     assert front.spool.counts["received"] == 2
-    assert front.take() == [], "it is in the caller's hands"
+    assert front.take() == [], "the caller holds it"
 
 
 @pytest.mark.parametrize("garbage", [{}, {"path": 7, "pub_id": "a"}, None, "text", {**data_file("/x"), "plot": {1}}])
-def test_what_is_no_registration_is_dropped_and_reported(front: Front, garbage: Any) -> None:
+def test_any_other_item_on_the_queue_is_dropped_and_logged(front: Front, garbage: Any) -> None:
     front.put(0)
     front.queue.put(garbage)
     front.put(1)
@@ -232,20 +233,20 @@ def test_what_is_no_registration_is_dropped_and_reported(front: Front, garbage: 
     assert "an item of file_queue is not a registration" in line
 
 
-def test_a_spool_that_fails_while_a_plain_dict_is_adopted_accepts_none(front: Front) -> None:
+def test_a_failing_spool_stores_no_plain_dict(front: Front) -> None:
     with write_lock(front.path), pytest.raises(SpoolError):
         front.intake.adopt([meta_of(0), meta_of(1)])
 
     assert front.stored() == []
 
 
-def test_a_plain_dict_that_a_full_spool_has_no_room_for_waits_until_it_has(make_front: Callable[..., Front]) -> None:
+def test_a_plain_dict_waits_until_a_full_spool_has_room(make_front: Callable[..., Front]) -> None:
     front = make_front(max_bytes=100_000)
     front.put(0)
     (first,) = front.from_queue()
     large = front.spool.accept([Incoming(1.0, "a:1", json.dumps({"x": "x" * 200_000}))], held=True)
     front.queue.put(meta_of(1))
-    assert front.from_queue() == [], "who registers files must go on, or nothing ever leaves the spool"
+    assert front.from_queue() == [], "the registrar must go on, or nothing ever leaves the spool"
     front.spool.apply([Transition(State.PENDING, Event.KNOWN, [first.id, *large])])
     front.intake.flush()
 
@@ -255,13 +256,13 @@ def test_a_plain_dict_that_a_full_spool_has_no_room_for_waits_until_it_has(make_
 # --- a spool that cannot be written
 
 
-def test_what_the_spool_cannot_take_is_kept_in_memory_until_it_can(front: Front) -> None:
+def test_registrations_are_kept_in_memory_while_the_spool_fails(front: Front) -> None:
     front.put(0)
     with write_lock(front.path):
         front.put(1)
         front.put(2)
         assert bool(front.health.conditions)
-        assert [number_of(item) for item in front.queue.queue] == [0], "what is not on the disk was on the queue"
+        assert [number_of(item) for item in front.queue.queue] == [0], "queued before it was on the disk"
     front.put(3)
 
     assert not bool(front.health.conditions)
@@ -272,7 +273,7 @@ def test_what_the_spool_cannot_take_is_kept_in_memory_until_it_can(front: Front)
     ]
 
 
-def test_what_is_kept_in_memory_has_a_limit(make_front: Callable[..., Front]) -> None:
+def test_registrations_in_memory_are_limited(make_front: Callable[..., Front]) -> None:
     front = make_front(inbox_max=THREE)
     with write_lock(front.path):
         overloaded = []
@@ -304,7 +305,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("where", ["inbox", "queue"])
-def test_registrations_take_no_more_memory_than_the_limit(
+def test_the_memory_limit_holds_for_any_shape_of_message(
     make_front: Callable[..., Front], where: str, shape: str
 ) -> None:
     limit = 4 << 20
@@ -313,7 +314,7 @@ def test_registrations_take_no_more_memory_than_the_limit(
 
     def put() -> None:
         message = messages.parse(datagram.encode())
-        assert isinstance(message, DataFile)
+        assert isinstance(message, FileMessage)
         front.intake.put(message.meta, Incoming(5.0, "10.0.0.5:4000", message.text))
 
     lock = write_lock(front.path) if where == "inbox" else contextlib.nullcontext()
@@ -329,7 +330,7 @@ def test_registrations_take_no_more_memory_than_the_limit(
     assert limit / 20 < used < 1.1 * limit, f"{used / limit:.2f} times the limit"
 
 
-def test_a_close_logs_the_paths_that_could_not_be_written(front: Front) -> None:
+def test_a_close_logs_the_paths_of_lost_registrations(front: Front) -> None:
     front.put(0)
     with write_lock(front.path):
         front.put(*range(1, 121))
@@ -344,21 +345,21 @@ def test_a_close_logs_the_paths_that_could_not_be_written(front: Front) -> None:
     assert front.stored() == [0]
 
 
-# --- the writer's thread
+# --- the writer thread
 
 
-def test_the_writers_thread_goes_on_when_the_spool_works_again(front: Front) -> None:
+def test_the_writer_resumes_when_the_spool_works_again(front: Front) -> None:
     front.intake.start()
     with write_lock(front.path):
         front.put(0)
-        wait_until(lambda: bool(front.health.conditions), 5, "the writer has met the lock")
+        wait_until(lambda: bool(front.health.conditions), 5, "reported that the spool is locked")
         front.put(1)
 
-    wait_until(lambda: front.stored() == [0, 1], 5, "the writer has written both")
-    wait_until(lambda: not bool(front.health.conditions), 5, "all is well")
+    wait_until(lambda: front.stored() == [0, 1], 5, "wrote both")
+    wait_until(lambda: not bool(front.health.conditions), 5, "cleared the condition")
 
 
-def test_the_writers_thread_keeps_the_order_of_many(make_front: Callable[..., Front]) -> None:
+def test_the_writer_keeps_the_order(make_front: Callable[..., Front]) -> None:
     front = make_front(queue_max=1 << 24)
     front.intake.start()
     for number in range(0, 2000, 4):
@@ -370,18 +371,18 @@ def test_the_writers_thread_keeps_the_order_of_many(make_front: Callable[..., Fr
     assert taken == front.stored() == list(range(2000))
 
 
-def test_after_a_flush_all_is_in_the_spool_also_what_the_writer_was_about_to_write(front: Front) -> None:
+def test_a_flush_includes_what_the_writer_was_about_to_write(front: Front) -> None:
     front.intake.start()
     with front.intake._flushing:
         front.put(0)
-        wait_until(front.intake._bell.empty, 5, "the writer is awake, and waits")
+        wait_until(front.intake._bell.empty, 5, "woke the writer, which waits for the lock")
         front.put(1)
     front.intake.flush()
 
     assert front.stored() == [0, 1]
 
 
-def test_a_close_writes_what_the_writer_has_not_yet(front: Front) -> None:
+def test_a_close_writes_the_rest(front: Front) -> None:
     front.intake.start()
     front.put(*range(50))
     front.intake.close()
@@ -390,10 +391,10 @@ def test_a_close_writes_what_the_writer_has_not_yet(front: Front) -> None:
     assert front.stored() == list(range(50))
 
 
-# --- waiting for the queue
+# --- waiting on the queue
 
 
-def test_take_waits_no_longer_than_it_is_told_and_takes_no_more(front: Front) -> None:
+def test_take_respects_limit_and_timeout(front: Front) -> None:
     assert front.queue.take(10, 0.0) == []
     assert front.queue.take(10, 0.01) == []
     front.put(0, 1, 2)
@@ -402,7 +403,7 @@ def test_take_waits_no_longer_than_it_is_told_and_takes_no_more(front: Front) ->
 
 
 @pytest.mark.parametrize("by", ["a registration", "one that is due", "a plain dict", "wake"])
-def test_a_take_that_waits_is_ended(make_front: Callable[..., Front], by: str) -> None:
+def test_a_waiting_take_is_ended(make_front: Callable[..., Front], by: str) -> None:
     front = make_front(queue_max=0 if by == "one that is due" else THREE)
     taken: list[list[dict[str, Any]]] = []
     thread = threading.Thread(target=lambda: taken.append(front.queue.take(10, None)), daemon=True)
@@ -421,7 +422,7 @@ def test_a_take_that_waits_is_ended(make_front: Callable[..., Front], by: str) -
     assert [number_of(item) for item in taken[0]] == ([0] if on_it else [])
 
 
-def test_a_wake_is_not_missed_by_who_takes_later(front: Front) -> None:
+def test_a_wake_is_remembered_until_the_next_take(front: Front) -> None:
     front.queue.wake()
 
     assert front.queue.take(10, None) == []
@@ -431,7 +432,7 @@ def test_a_wake_is_not_missed_by_who_takes_later(front: Front) -> None:
 
 
 @pytest.mark.parametrize("step", [-86_400.0, -90.0, 90.0, 86_400.0])
-def test_the_age_of_the_oldest_does_not_follow_a_clock_that_is_set(front: Front, step: float) -> None:
+def test_the_age_of_the_oldest_ignores_steps_of_the_wall_clock(front: Front, step: float) -> None:
     front.intake.measure()
     assert front.intake.measured.oldest is None
     front.put(0, received=front.clock.now)

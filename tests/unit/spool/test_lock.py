@@ -1,4 +1,4 @@
-"""Looking whether a process has the spool: truthful, and in nobody's way."""
+"""The spool's lock, and asking whether it is held without disturbing its holder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from socs_monitor.spool import file as spoolfile
 from socs_monitor.spool.file import SpoolBusyError
 
 
-def test_whoever_has_the_spool_is_seen(tmp_path: Path) -> None:
+def test_a_held_lock_is_reported(tmp_path: Path) -> None:
     path = str(tmp_path / "spool")
     with pytest.raises(FileNotFoundError):
         spoolfile.is_locked(path)
@@ -21,18 +21,18 @@ def test_whoever_has_the_spool_is_seen(tmp_path: Path) -> None:
     assert not spoolfile.is_locked(path)
 
 
-def test_an_agent_starts_while_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_can_start_during_a_lock_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "spool")
     spoolfile.take_lock(path).close()
     looking = os.open(path + ".lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    assert not spoolfile.is_locked(path)  # nor is one who looks in the way of another
+    assert not spoolfile.is_locked(path)  # two checks do not disturb each other
     monkeypatch.setattr(spoolfile.time, "sleep", lambda _: os.close(looking))
 
     spoolfile.take_lock(path).close()
 
 
-def test_a_spool_that_stays_taken_is_busy(tmp_path: Path) -> None:
+def test_a_lock_that_stays_held_is_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "spool")
     with spoolfile.take_lock(path), pytest.raises(SpoolBusyError):
         spoolfile.take_lock(path)

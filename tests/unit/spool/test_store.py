@@ -1,4 +1,4 @@
-"""The spool's bounds, failures and speed; what it holds and counts is in `test_store_model`."""
+"""The spool's limits, failures and query plans. `test_store_model` covers its content and counts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from socs_monitor.spool.file import SpoolError
+from socs_monitor.spool.records import Record, Transition
 from socs_monitor.spool.states import Event, State
-from socs_monitor.spool.store import Due, Spool, SpoolFullError, Transition
+from socs_monitor.spool.store import Spool, SpoolFullError
 from tests.chain import execute, write_lock
 from tests.unit.spool.conftest import OpenSpool, content, counts, incoming, move, states
 
 
-def sent_by(due: list[Due]) -> list[int]:
-    """The numbers that registrations were made with."""
+def sent_by(due: list[Record]) -> list[int]:
+    """The numbers that the registrations were created with."""
     return [int(each.received - 1000) for each in due]
 
 
@@ -45,7 +46,7 @@ def test_a_claim_ends_when_its_messages_are_large(open_spool: OpenSpool) -> None
     assert claims == [[0, 1, 2, 4], [3, 5, 6], [7], []]
 
 
-def test_registered_files_are_claimed_without_their_messages_whatever_their_size(open_spool: OpenSpool) -> None:
+def test_registered_files_are_claimed_without_their_messages(open_spool: OpenSpool) -> None:
     spool = open_spool(reserve=0, claim_bytes=25_000)
     ids = spool.accept([incoming(number, comment="x" * 10_000) for number in range(8)], held=True)
     move(spool, State.REGISTERED, *ids, due=1.0)
@@ -53,7 +54,7 @@ def test_registered_files_are_claimed_without_their_messages_whatever_their_size
     assert [(each.id, each.message) for each in spool.apply([], 1.0, 100)] == [(id_, None) for id_ in ids]
 
 
-def test_files_that_do_not_exist_do_not_hold_up_the_backlog(spool: Spool) -> None:
+def test_retries_of_missing_files_do_not_block_the_backlog(spool: Spool) -> None:
     missing = spool.accept([incoming(number) for number in range(100)], held=True)
     spool.accept([incoming(number) for number in range(100, 104)])
     claimed = []
@@ -64,7 +65,7 @@ def test_files_that_do_not_exist_do_not_hold_up_the_backlog(spool: Spool) -> Non
     assert set(range(100, 104)) <= set(sent_by(claimed))
 
 
-def test_an_outcome_that_comes_too_late_is_dropped(spool: Spool, path: str) -> None:
+def test_an_outcome_that_arrives_too_late_is_dropped(spool: Spool, path: str) -> None:
     (id_,) = spool.accept([incoming(0)], held=True)
     move(spool, State.DEAD, id_)
     before = content(path)
@@ -77,14 +78,14 @@ def test_an_outcome_that_comes_too_late_is_dropped(spool: Spool, path: str) -> N
     assert counts(spool) == {"dead": 1, "received": 1}
 
 
-def test_what_is_taken_up_after_a_transition_is_as_that_left_it(spool: Spool) -> None:
+def test_a_claim_sees_the_transitions_of_the_same_call(spool: Spool) -> None:
     (id_,) = spool.accept([incoming(0)], held=True)
     (due,) = spool.apply([Transition(State.PENDING, Event.FAILED, [id_], 3.0, "no such file")], 3.0, 1)
 
     assert (due.id, due.attempts) == (id_, 1)
 
 
-def test_dead_letters_can_be_read(spool: Spool) -> None:
+def test_dead_letters_are_listed_oldest_first(spool: Spool) -> None:
     ids = spool.accept([incoming(number) for number in range(4)])
     move(spool, State.DEAD, *ids[:2])
     spool.apply([Transition(State.PENDING, Event.REFUSED, ids[2:], reason="outside")])
@@ -92,9 +93,8 @@ def test_dead_letters_can_be_read(spool: Spool) -> None:
     assert [(letter.id, letter.reason, letter.refused) for letter in spool.dead()] == [
         (1, "no such file", False), (2, "no such file", False), (3, "outside", True), (4, "outside", True)
     ]  # fmt: skip
-    assert [letter.id for letter in spool.dead([2, 4, 99])] == [2, 4]
     assert [letter.id for letter in spool.dead(limit=1)] == [1]
-    assert spool.dead([1])[0].summary() == {
+    assert spool.dead()[0].summary() == {
         "id": 1, "received": 1000.0, "sender": "10.0.0.5:4000", "path": "/a/b/0.g3", "reason": "no such file",
         "refused": False, "attempts": 1,
     }  # fmt: skip
@@ -102,7 +102,7 @@ def test_dead_letters_can_be_read(spool: Spool) -> None:
 
 @pytest.mark.parametrize("message", ["", "no JSON", "[]", '{"id": 1}', '{"payload": {"path": "\\ud800"}}', "\x00"])
 @pytest.mark.parametrize("state", [State.PENDING, State.REGISTERED, State.DEAD])
-def test_a_message_that_cannot_be_parsed_holds_up_nothing(spool: Spool, path: str, message: str, state: State) -> None:
+def test_an_unparsable_message_does_not_block_others(spool: Spool, path: str, message: str, state: State) -> None:
     ids = spool.accept([incoming(0), incoming(1), incoming(0)])
     move(spool, State.REGISTERED, ids[0])
     if state is not State.PENDING:
@@ -114,7 +114,7 @@ def test_a_message_that_cannot_be_parsed_holds_up_nothing(spool: Spool, path: st
 
 @pytest.mark.parametrize("column", ["message", "sender", "reason"])
 @pytest.mark.parametrize("state", [State.PENDING, State.REGISTERED, State.DEAD])
-def test_text_that_is_no_unicode_holds_up_nothing(spool: Spool, path: str, column: str, state: State) -> None:
+def test_text_that_is_not_utf8_does_not_block_others(spool: Spool, path: str, column: str, state: State) -> None:
     ids = spool.accept([incoming(0), incoming(1), incoming(0)])
     move(spool, State.REGISTERED, ids[0])
     if state is not State.PENDING:
@@ -125,18 +125,27 @@ def test_text_that_is_no_unicode_holds_up_nothing(spool: Spool, path: str, colum
 
 
 def assert_goes_on(spool: Spool, path: str, state: State, ids: list[int]) -> None:
-    """Of three registrations the second has something odd in it, and the spool can be used."""
-    spool.begin(lambda _: 0.0)
-    assert states(path)[ids[0]] == State.REGISTERED, "it was announced again"
+    """The spool works although the second of three registrations is damaged."""
+    spool.requeue_all(lambda _: 0.0)
+    assert states(path)[ids[0]] == State.REGISTERED, "its path was announced again"
     json.dumps([letter.summary() for letter in spool.dead()])
     assert {each.id for each in spool.load(ids)} == set(ids)
     assert {each.id for each in spool.apply([], 1.0, 9)} == {*ids} - ({ids[1]} if state is State.DEAD else set())
 
 
-# --- bounds
+def test_a_start_leaves_a_file_to_its_later_announcement_even_if_that_is_dead(spool: Spool, path: str) -> None:
+    ids = spool.accept([incoming(0), incoming(0), incoming(1)], held=True)
+    move(spool, State.REGISTERED, ids[0], ids[2])
+    move(spool, State.DEAD, ids[1])
+    spool.requeue_all(lambda _: 0.0)
+
+    assert states(path) == {ids[0]: "registered", ids[1]: "dead", ids[2]: "pending"}
 
 
-def test_the_oldest_dead_letters_make_room_refused_ones_first(open_spool: OpenSpool) -> None:
+# --- limits
+
+
+def test_excess_dead_letters_are_discarded_refused_and_oldest_first(open_spool: OpenSpool) -> None:
     spool = open_spool(reserve=0, max_dead=4)
     ids = spool.accept([incoming(number) for number in range(8)])
 
@@ -152,10 +161,10 @@ def test_the_oldest_dead_letters_make_room_refused_ones_first(open_spool: OpenSp
     assert counts(spool) == {"dead": 4, "discarded": 4, "received": 8}
     assert spool.crowded_out == 4
     spool.discard([2])
-    assert spool.crowded_out == 4, "a person did that"
+    assert spool.crowded_out == 4, "a person discarded it"
 
 
-def test_a_full_spool_accepts_nothing_more_until_something_leaves(open_spool: OpenSpool) -> None:
+def test_a_full_spool_accepts_nothing_until_something_leaves(open_spool: OpenSpool) -> None:
     spool = open_spool(max_bytes=200_000, reserve=0)
     large = [incoming(number, comment="x" * 10_000) for number in range(30)]
     ids = spool.accept(large)
@@ -168,7 +177,7 @@ def test_a_full_spool_accepts_nothing_more_until_something_leaves(open_spool: Op
     assert spool.accept(large[:1]) == [31]
 
 
-def test_in_a_full_spool_refused_registrations_make_room(open_spool: OpenSpool) -> None:
+def test_a_full_spool_discards_refused_dead_letters(open_spool: OpenSpool) -> None:
     spool = open_spool(max_bytes=200_000, reserve=0)
     first, *others = spool.accept([incoming(number, comment="x" * 10_000) for number in range(30)])
     move(spool, State.DEAD, first)
@@ -183,7 +192,7 @@ def test_in_a_full_spool_refused_registrations_make_room(open_spool: OpenSpool) 
 # --- failures
 
 
-def test_what_cannot_be_written_changes_nothing(open_spool: OpenSpool, path: str) -> None:
+def test_a_failed_write_changes_nothing(open_spool: OpenSpool, path: str) -> None:
     spool = open_spool(reserve=0, busy_timeout=0.05)
     (id_,) = spool.accept([incoming(0)], held=True)
     spool.apply([], 0.0, 1)
@@ -193,7 +202,7 @@ def test_what_cannot_be_written_changes_nothing(open_spool: OpenSpool, path: str
         for write in (
             lambda: spool.accept([incoming(1)]),
             lambda: spool.apply([failed], 5.0, 5),
-            lambda: spool.begin(lambda _: 0.0),
+            lambda: spool.requeue_all(lambda _: 0.0),
             spool.retry,
             spool.discard,
         ):
@@ -205,22 +214,22 @@ def test_what_cannot_be_written_changes_nothing(open_spool: OpenSpool, path: str
     assert [due.id for due in spool.apply([failed], 1.0, 5)] == [1, 2]
 
 
-def test_after_a_sync_all_is_in_the_file_itself(spool: Spool, path: str, tmp_path: Path) -> None:
+def test_a_sync_moves_everything_to_the_file_itself(spool: Spool, path: str, tmp_path: Path) -> None:
     def in_the_file() -> int:
         copy = tmp_path / "copy"
-        shutil.copy(path, copy)  # without the journal, as if that were lost with the power
+        shutil.copy(path, copy)  # without the journal, as if a power failure had lost it
         count: int = execute(copy, "SELECT count(*) FROM registrations")[0][0]
         return count
 
     spool.accept([incoming(0)])
     spool.sync()
     spool.accept([incoming(1), incoming(2)])
-    assert in_the_file() == 1, "the test cannot tell"
+    assert in_the_file() == 1, "the test proves nothing"
     spool.sync()
     assert in_the_file() == 3
 
 
-def test_threads_may_share_a_spool(spool: Spool) -> None:
+def test_a_spool_is_thread_safe(spool: Spool) -> None:
     def accept() -> None:
         for number in range(200):
             spool.accept([incoming(number)])
@@ -240,10 +249,10 @@ def test_threads_may_share_a_spool(spool: Spool) -> None:
     assert counts(spool) == {"settled": 600, "received": 600}
 
 
-# --- speed
+# --- query plans
 
 
-def test_no_statement_of_every_second_looks_through_the_table(spool: Spool, path: str) -> None:
+def test_no_frequent_statement_scans_the_table(spool: Spool, path: str) -> None:
     spool.accept([incoming(number) for number in range(9)])
     spool.apply([], 0.0, 1)
     statements: set[str] = set()

@@ -1,4 +1,4 @@
-"""Whatever happens to a spool, it holds what a plain dict would: rows, counts, and when the next one is due."""
+"""A stateful model test: the spool has the same rows, counts and next due time as a plain dict."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from socs_monitor.spool.records import Transition
 from socs_monitor.spool.states import STORED, TRANSITIONS, Event, State
-from socs_monitor.spool.store import RECEIVED, Spool, Transition
+from socs_monitor.spool.store import RECEIVED, Spool
 from tests.unit.spool.conftest import content, incoming
 
 MAX_DEAD = 4
 
-# Paths are few, so that many are announced again.
+# Few paths, so that many are announced more than once.
 PATHS = st.lists(st.integers(0, 3), max_size=8)
 TIMES = st.integers(0, 9).map(float)
 IDS = st.sets(st.integers(1, 30), max_size=6) | st.just(set(range(1, 100)))
@@ -27,7 +28,7 @@ IDS = st.sets(st.integers(1, 30), max_size=6) | st.just(set(range(1, 100)))
 
 @dataclass
 class Row:
-    """What the model knows of a registration."""
+    """A registration in the model."""
 
     path: int
     state: State = State.PENDING
@@ -43,7 +44,7 @@ def retry_at(attempts: int) -> float:
 
 
 class SpoolMachine(RuleBasedStateMachine):
-    """A spool beside its model."""
+    """A spool and its model."""
 
     held = Bundle("held")
 
@@ -75,7 +76,7 @@ class SpoolMachine(RuleBasedStateMachine):
     def accept(self, paths: list[int], held: bool) -> object:
         ids = self.spool.accept([incoming(path) for path in paths], held=held)
         assert ids == sorted(ids)
-        assert min(ids, default=math.inf) > max(self.rows, default=0), "an id came twice"
+        assert min(ids, default=math.inf) > max(self.rows, default=0), "an id was reused"
         self.rows |= {id_: Row(path, due=None if held else 0.0) for id_, path in zip(ids, paths, strict=True)}
         self.received += len(ids)
         return multiple(*ids)
@@ -93,7 +94,7 @@ class SpoolMachine(RuleBasedStateMachine):
     ) -> None:
         origin, event = pair
         ids = {*held, *others}
-        taken = self.spool.apply([Transition(origin, event, [*ids], due, str(event))], now, limit)
+        claimed = self.spool.apply([Transition(origin, event, [*ids], due, str(event))], now, limit)
 
         moved, state = self.in_state(origin, ids), TRANSITIONS[pair]
         if state not in STORED:
@@ -114,27 +115,27 @@ class SpoolMachine(RuleBasedStateMachine):
             self.leave(dead[: max(0, len(dead) - MAX_DEAD)], State.DISCARDED)
 
         before = {id_: row.state for id_, row in self.rows.items()}
-        assert [each.id for each in taken] == self.take_up(now, limit)
-        for each in taken:
+        assert [each.id for each in claimed] == self.claim(now, limit)
+        for each in claimed:
             row = self.rows[each.id]
             assert (each.state, each.attempts, each.rounds) == (before[each.id], row.attempts, row.rounds)
             message = None if row.state is State.REGISTERED else incoming(row.path).message
             assert (each.received, each.sender, each.message) == (1000.0 + row.path, "10.0.0.5:4000", message)
 
-    def take_up(self, now: float, limit: int) -> list[int]:
-        """Take up what is due: what was scheduled before the backlog, of which there is some in any case."""
+    def claim(self, now: float, limit: int) -> list[int]:
+        """Claim what is due: scheduled registrations first, but a quarter of the places is for the backlog."""
         due = sorted((row.due, id_) for id_, row in self.rows.items() if row.due is not None and row.due <= now)
         scheduled = [id_ for when, id_ in due if when][: limit - limit // 4]
-        taken = [*scheduled, *(id_ for when, id_ in due if not when)][:limit]
-        for id_ in taken:
+        claimed = [*scheduled, *(id_ for when, id_ in due if not when)][:limit]
+        for id_ in claimed:
             row = self.rows[id_]
             row.due = None
             if row.state is State.WAITING:
                 row.state = State.PENDING
-        if limit and len(taken) < limit:
+        if limit and len(claimed) < limit:
             earliest = min((row.due for row in self.rows.values() if row.due is not None), default=math.inf)
             assert now < self.spool.next_due <= earliest or len(scheduled) == limit - limit // 4
-        return taken
+        return claimed
 
     @rule(ids=st.none() | IDS)
     def retry(self, ids: set[int] | None) -> None:
@@ -151,13 +152,13 @@ class SpoolMachine(RuleBasedStateMachine):
         self.leave(dead, State.DISCARDED)
 
     @rule(reopen=st.booleans())
-    def begin(self, reopen: bool) -> None:
+    def requeue_all(self, reopen: bool) -> None:
         if reopen:
             self.spool.close()
             self.open()
             self.check()
-        self.spool.begin(retry_at)
-        latest = {row.path: id_ for id_, row in sorted(self.rows.items()) if row.state is not State.DEAD}
+        self.spool.requeue_all(retry_at)
+        latest = {row.path: id_ for id_, row in sorted(self.rows.items())}
         for id_, row in self.rows.items():
             if row.state is State.REGISTERED and latest[row.path] == id_:
                 row.state = State.PENDING

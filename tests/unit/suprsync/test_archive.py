@@ -1,4 +1,4 @@
-"""Where a file goes in the archive, whether it may be deleted, and that nothing leaves the archive."""
+"""The place of a file in the archive, and whether SupRsync may delete it. No remote path leaves the archive."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry, create_remote_path, is_deletable
 from socs_monitor.wire import messages
+from socs_monitor.wire.text import sanitize
 from tests.strategies import json_values, nasty_text
 
 BASE = "/base/of/suprsync"
@@ -48,7 +49,7 @@ def test_a_pysmurf_file_goes_by_its_action(changed: dict[str, Any], remote_path:
 
 
 @pytest.mark.parametrize("left_out", ["action", "action_ts", "plot"])
-def test_what_a_publisher_leaves_out_counts_as_null(left_out: str) -> None:
+def test_fields_that_a_publisher_leaves_out_are_null(left_out: str) -> None:
     without = {name: value for name, value in META.items() if name != left_out}
 
     assert create_remote_path(without, "smurf") == create_remote_path({**META, left_out: None}, "smurf")
@@ -100,7 +101,7 @@ def test_a_timestream_goes_by_its_last_three_components(path: str, remote_path: 
         ({}, ""),
     ],
 )
-def test_what_has_no_safe_place_is_refused(changed: dict[str, Any], archive_name: str) -> None:
+def test_a_file_without_a_safe_place_is_refused(changed: dict[str, Any], archive_name: str) -> None:
     with pytest.raises(ArchiveError):
         create_remote_path({**META, **changed}, archive_name)
 
@@ -120,8 +121,8 @@ def test_a_refusal_names_the_character_and_what_to_do(part: str, character: str)
 
     with pytest.raises(ArchiveError) as refusal:
         create_remote_path({**META, **changed}, archive_name)
-    reason = messages.brief(str(refusal.value))
-    assert messages.brief(repr(character)) in reason
+    reason = sanitize(str(refusal.value))
+    assert sanitize(repr(character)) in reason
     assert reason.endswith("announce it again: socs-monitor send")
 
 
@@ -270,7 +271,7 @@ def test_a_timestream_is_looked_for_under_its_own_name_only() -> None:
     assert entries(path="/a/b/c.g3", archive_name="timestreams", format="npy") == [entry]
 
 
-def test_an_entry_is_what_suprsync_is_to_know() -> None:
+def test_an_entry_has_all_that_suprsync_needs() -> None:
     remote_path = "17044/crate1slot2/1704450000_take_iv/outputs/1704450001_data.txt"
 
     assert entries()[0] == Entry("smurf", META["path"], remote_path, deletable=True)
@@ -280,7 +281,7 @@ def test_an_entry_is_what_suprsync_is_to_know() -> None:
 @pytest.mark.parametrize(
     "changed", [{"path": "x.txt"}, {"path": "./x.txt"}, {"archive_name": "other"}, {"path": "/a/"}]
 )
-def test_a_registration_that_never_can_be_a_row_is_refused(changed: dict[str, Any]) -> None:
+def test_a_registration_that_can_never_be_a_row_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(ArchiveError):
         entries(**changed)
 
@@ -334,7 +335,7 @@ def test_no_datagram_leads_out_of_the_archive(kind: str, pub_id: str, payload: d
 
 @pytest.mark.parametrize("file_format", ["txt", "npy"])
 @pytest.mark.parametrize("folder", ["/d", "/d" * 1950], ids=["name", "path"])
-def test_a_name_that_numpy_cannot_have_lengthened_stands_for_itself(file_format: str, folder: str) -> None:
+def test_a_name_that_is_too_long_for_the_suffix_has_none(file_format: str, folder: str) -> None:
     for length, number in ((190, 2), (191, 1)) if len(folder) > 2 else ((251, 2), (252, 1), (255, 1)):
         path = f"{folder}/{'x' * length}"
         entries = list(archive.candidates({**META, "path": path, "format": file_format}))
@@ -344,7 +345,7 @@ def test_a_name_that_numpy_cannot_have_lengthened_stands_for_itself(file_format:
 
 @pytest.mark.parametrize("field", ["action", "action_ts", "timestamp", "pub_id", "path"])
 @pytest.mark.parametrize("archive_name", ["smurf", "timestreams"])
-def test_what_is_no_unicode_is_refused(field: str, archive_name: str) -> None:
+def test_invalid_unicode_is_refused(field: str, archive_name: str) -> None:
     meta = {**META, "path": "/d/e/f/x.npy", field: "/d/\ud800/e/f/x.npy", "archive_name": archive_name}
     if archive_name == "smurf" or field == "path":
         with pytest.raises(ArchiveError):
@@ -353,6 +354,6 @@ def test_what_is_no_unicode_is_refused(field: str, archive_name: str) -> None:
 
 @pytest.mark.parametrize("field", ["action", "action_ts", "timestamp", "archive_name"])
 @pytest.mark.parametrize("value", [[], ["a"], {}, {"a": 1}])
-def test_lists_and_objects_make_no_path(field: str, value: object) -> None:
+def test_lists_and_objects_are_not_part_of_a_path(field: str, value: object) -> None:
     with pytest.raises(ArchiveError, match=field):
         list(archive.candidates({**META, "path": "/d/x", field: value}))

@@ -1,4 +1,4 @@
-"""The one way rows get into the SupRsync database: idempotent, all or none, by the rule for overwritten files."""
+"""Writing rows is idempotent, takes effect as a whole, and follows the rules of decision record 10."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socs_monitor.suprsync import database as database_module
+from socs_monitor.suprsync import sql
 from socs_monitor.suprsync.archive import Entry
-from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.sql import Outcome
 from socs_monitor.suprsync.tables import INDEXES
 from socs_monitor.suprsync.upsert import Correction, HashedFile, Row
 from tests.chain import execute, write_lock
 from tests.testbed.processes import rows, wait_until
 
 OLD, NEW = "0" * 32, "1" * 32
-NAMES = [str(index.name) for index in INDEXES]
+NAMES = list(INDEXES)
 
 INSERTED = RESET = Outcome(True)
 KEPT = Outcome(False)
@@ -257,7 +259,7 @@ def test_among_many_paths_each_that_is_known_is_found(open_database: Open, db_pa
     assert sums == [(f"/data/{number:03}", NEW) for number in range(120)]
 
 
-def test_a_path_that_is_asked_for_again_and_again_has_its_rows_once(open_database: Open) -> None:
+def test_a_path_that_is_looked_up_repeatedly_has_its_rows_once(open_database: Open) -> None:
     database = open_database()
     database.register([file()])
 
@@ -361,7 +363,7 @@ def test_a_locked_database_is_unavailable_for_now(open_database: Open, db_path: 
     assert sums(db_path) == [("a", NEW)]
 
 
-def test_a_lock_that_was_waited_for_lets_the_caller_look_at_the_files_again(
+def test_nothing_is_registered_after_waiting_for_a_lock(
     open_database: Open, db_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_S", 30.0)
@@ -381,9 +383,9 @@ def test_a_lock_that_was_waited_for_lets_the_caller_look_at_the_files_again(
     assert database.register([file()]) == [INSERTED]
 
 
-def test_what_is_no_database_is_left_as_it_is(open_database: Open, db_path: str) -> None:
+def test_a_file_that_is_not_a_database_stays_unchanged(open_database: Open, db_path: str) -> None:
     Path(db_path).write_bytes(b"not a database" * 1000)
-    with pytest.raises(DatabaseUnavailableError, match="it is no SQLite database: move it away"):
+    with pytest.raises(DatabaseUnavailableError, match="it is not an SQLite database: move it away"):
         open_database().register([file()])
 
     assert Path(db_path).read_bytes() == b"not a database" * 1000
@@ -395,7 +397,7 @@ def test_a_path_that_cannot_be_a_database_is_unavailable(open_database: Open, db
         open_database().register([file()])
     (tmp_path / "file").touch()
     below = Database(str(tmp_path / "file" / "x.db"), create_table=True, echo=False, report=print)
-    with pytest.raises(DatabaseUnavailableError, match="cannot be made"):
+    with pytest.raises(DatabaseUnavailableError, match="cannot be opened"):
         below.register([file()])
 
 
@@ -473,10 +475,10 @@ def test_indexes_are_made_once_in_a_database_that_lacks_them(
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        ("_BY_LOCAL_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_local_path (local_path=?)"),
-        ("_BY_REMOTE_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_remote_path (remote_path=?)"),
-        ("_BY_ID", "SEARCH supersync_v0 USING INTEGER PRIMARY KEY (rowid=?)"),
-        ("_STUCK", "SCAN supersync_v0 USING INDEX ix_supersync_v0_stuck"),
+        ("BY_LOCAL_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_local_path (local_path=?)"),
+        ("BY_REMOTE_PATH", "SEARCH supersync_v0 USING INDEX ix_supersync_v0_remote_path (remote_path=?)"),
+        ("BY_ID", "SEARCH supersync_v0 USING INTEGER PRIMARY KEY (rowid=?)"),
+        ("STUCK", "SCAN supersync_v0 USING INDEX ix_supersync_v0_stuck"),
     ],
 )
 def test_every_look_up_uses_its_index(
@@ -486,7 +488,7 @@ def test_every_look_up_uses_its_index(
     execute(db_path, "UPDATE supersync_v0 SET failed_copy_attempts = 1 WHERE id % 100 = 0")
     if analyzed:
         execute(db_path, "ANALYZE")
-    text = getattr(database_module, statement)
+    text = getattr(sql, statement)
 
     assert [step[3] for step in execute(db_path, f"EXPLAIN QUERY PLAN {text}", *[1] * text.count("?"))] == [index]
 
@@ -502,7 +504,7 @@ def test_a_database_that_is_replaced_is_noticed(open_database: Open, db_path: st
     assert sums(db_path) == [("a", NEW)]
     assert sums(db_path + ".old") == [("a", OLD)]
     assert database.identity not in (None, before)
-    assert said == [f"the database {db_path} was moved away or replaced: opened anew"]
+    assert said == [f"the database {db_path} was moved away or replaced: opened the file that is there now"]
 
 
 def test_a_database_that_is_replaced_while_it_is_written_has_not_taken_the_rows(
@@ -563,7 +565,8 @@ def test_a_row_is_corrected_only_if_it_is_as_it_was_selected(open_database: Open
     execute(db_path, "UPDATE supersync_v0 SET copied = 8 WHERE id = 2")
     before = rows(db_path)
 
-    assert database.correct([Correction(row, NEW, None) for row in stuck]) == [stuck[0], stuck[2]]
+    corrections = [Correction(row, NEW, None) for row in stuck]
+    assert database.correct(corrections) == [corrections[0], corrections[2]]
     corrected = {"local_md5sum": NEW, "remote_md5sum": None, "failed_copy_attempts": 0, "removed": None}
     assert rows(db_path) == [{**before[0], **corrected}, before[1], {**before[2], **corrected}]
 
@@ -615,6 +618,18 @@ def test_a_withdrawn_file_that_is_registered_again_is_copied(open_database: Open
         ("/data/copied", NEW, None, 0, 1),
         ("/data/new", NEW, None, 0, 1),
     ]
+
+
+def test_a_withdrawn_file_is_found_however_the_published_agent_spelled_its_path(
+    open_database: Open, db_path: str
+) -> None:
+    database = open_database()
+    database.register([file()])
+    execute(db_path, "UPDATE supersync_v0 SET local_path = '/data//./x'")
+    database.withdraw([entry()])
+
+    (row,) = rows(db_path)
+    assert (row["ignore"], row["local_path"]) == (1, "withdrawn:/data//./x")
 
 
 def test_withdrawing_what_has_no_row_waits_for_no_lock(open_database: Open, db_path: str) -> None:

@@ -1,4 +1,4 @@
-"""Reading beside a writer: what is seen, and that no file is made."""
+"""Reading beside a writer, without creating a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a?b.db"
 
 
-def test_what_a_writer_committed_is_seen_though_it_holds_the_lock(writer: sqlite3.Connection, path: Path) -> None:
+def test_committed_rows_are_read_while_a_writer_holds_the_lock(writer: sqlite3.Connection, path: Path) -> None:
     writer.execute("INSERT INTO t VALUES (1)")
     writer.execute("BEGIN IMMEDIATE")
     writer.execute("INSERT INTO t VALUES (2)")
@@ -42,7 +42,7 @@ def test_what_a_writer_committed_is_seen_though_it_holds_the_lock(writer: sqlite
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_of_a_closed_database_no_file_is_made(writer: sqlite3.Connection, path: Path, mode: str) -> None:
+def test_reading_a_closed_database_creates_no_file(writer: sqlite3.Connection, path: Path, mode: str) -> None:
     writer.execute("INSERT INTO t VALUES (1)")
     writer.execute(f"PRAGMA journal_mode = {mode}")
     writer.close()
@@ -50,7 +50,7 @@ def test_of_a_closed_database_no_file_is_made(writer: sqlite3.Connection, path: 
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_what_a_killed_writer_left_in_its_journal_is_seen(path: Path) -> None:
+def test_rows_in_the_journal_of_a_killed_writer_are_read(path: Path) -> None:
     write = (
         "import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
         "db.execute('PRAGMA journal_mode = WAL'); db.execute('CREATE TABLE t (a)');"
@@ -71,7 +71,7 @@ def test_nothing_can_be_written(writer: sqlite3.Connection, path: Path) -> None:
         db.execute("INSERT INTO t VALUES (1)")
 
 
-def test_a_missing_file_is_not_made(path: Path) -> None:
+def test_a_missing_file_is_not_created(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         readonly.connect(str(path))
     assert os.listdir(path.parent) == []

@@ -24,9 +24,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from socs_monitor.completeness.caretaker import RETRY_S, Caretaker
 from socs_monitor.registration.lookup import Policy
-from socs_monitor.registration.registrar import StoppedError
-from socs_monitor.registration.workers import FailedLarge, Hash, HashedLarge
-from socs_monitor.suprsync.database import Database, DatabaseUnavailableError, Outcome
+from socs_monitor.registration.retry import StoppedError
+from socs_monitor.registration.work import FailedLarge, HashedLarge
+from socs_monitor.suprsync.database import Database, DatabaseUnavailableError
+from socs_monitor.suprsync.sql import Outcome
 from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.publisher import g3_file
 from tests.chain import SETTLE_S, Chain, Clock, execute, md5, write_lock
@@ -80,12 +81,7 @@ class Driver:
         folder: Scratch folder.
         clock: Time.
         registered: Called after each transaction with the files that were written, and their outcomes.
-
-    Attributes:
-        recheck_survives_restart: Whether a re-check that another announcement made void stays so after a restart.
     """
-
-    recheck_survives_restart = True
 
     def __init__(
         self, folder: Path, clock: Clock, registered: Callable[[list[HashedFile], list[Outcome]], None]
@@ -120,11 +116,11 @@ class Driver:
             busy_timeout=0.0,
         )
         self._meanwhile: Callable[[], None] | None = None
-        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.stats, self._clock.monotonic)
+        self._caretaker = Caretaker(self._caretaker_database, self._hash, self._chain.health, self._clock.monotonic)
 
     def _hash(self, path: str, stopped: Callable[[], bool]) -> HashedLarge | FailedLarge | None:
         answers: list[HashedLarge | FailedLarge] = []
-        self._chain.registrar.workers.submit([Hash(path, answers.append)])
+        self._chain.registrar.workers.hash(path, answers.append)
         self._chain.hash_large()
         if self._meanwhile is not None:
             self._meanwhile()
@@ -196,7 +192,6 @@ class Machine(RuleBasedStateMachine):
         self.committed: dict[tuple[str, int], int] = {}  # when a version was last registered
         self.verified: dict[Key, tuple[str, int]] = {}  # what each key's row says
         self.unknown: set[tuple[str, str]] = set()  # places of which a restored backup says what is not so
-        self.forgetful = False  # re-checks that were void may be made since a restart
         self.driver = Driver(self.folder, self.clock, self.registered)
 
     # --- what the published agent left
@@ -307,9 +302,6 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.driver.restart()
-        if not self.driver.recheck_survives_restart:
-            self.forgetful = True
-            self.verified.clear()
 
     # --- SupRsync
 
@@ -397,7 +389,6 @@ class Machine(RuleBasedStateMachine):
         shutil.copy(self.backup, self.driver.db_path)
         self.driver.restart()
         self.note_lies()
-        self.forgetful = not self.driver.recheck_survives_restart
         self.verified.clear()
         self.committed.clear()  # the restored rows know nothing of it
 
@@ -450,8 +441,7 @@ class Machine(RuleBasedStateMachine):
 
     def note_verified(self) -> None:
         """Remember what each key's row says, and up to which event its announcements are surely registered."""
-        self.forgetful = self.forgetful and bool(self.driver.unsettled)
-        now = 0 if self.driver.unregistered or self.forgetful else next(self.events)
+        now = 0 if self.driver.unregistered else next(self.events)
         former = self.verified
         self.verified = {}
         for row, key in itertools.product(self.driver.rows(), KEYS):

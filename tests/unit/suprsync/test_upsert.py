@@ -32,7 +32,7 @@ def row(id_: int = 1, md5: str = OLD, remote: str | None = None, action: str = "
     return known._replace(**changed)
 
 
-def inert(id_: int, md5: str = OLD, remote: str | None = None) -> Row:
+def retired(id_: int, md5: str = OLD, remote: str | None = None) -> Row:
     return row(id_, md5, remote, removed=0.0, deletable=False, ignore=True)
 
 
@@ -84,11 +84,11 @@ def test_a_file_that_must_stay_makes_its_row_undeletable() -> None:
     assert plan_upsert([known], HashedFile(entry(deletable=False), NEW)) == Plan(Action.CONFIRM, known)
 
 
-def test_older_rows_of_a_key_become_inert_and_the_newest_is_copied_again() -> None:
+def test_older_rows_of_a_key_are_retired_and_the_newest_is_copied_again() -> None:
     older, newest = row(1, NEW, NEW), row(2, NEW, NEW)
     assert plan_upsert([older, newest], NEW_FILE) == Plan(Action.RESET, newest, retired=(1,))
-    assert plan_upsert([inert(1), newest], NEW_FILE) == Plan(Action.KEEP, newest)
-    assert plan_upsert([older, inert(2), row(3, NEW)], NEW_FILE) == Plan(Action.KEEP, row(3, NEW), retired=(1,))
+    assert plan_upsert([retired(1), newest], NEW_FILE) == Plan(Action.KEEP, newest)
+    assert plan_upsert([older, retired(2), row(3, NEW)], NEW_FILE) == Plan(Action.KEEP, row(3, NEW), retired=(1,))
 
 
 @pytest.mark.parametrize("content", [OLD, NEW])
@@ -144,7 +144,7 @@ def test_after_an_upsert_one_row_may_delete_and_another_upsert_changes_nothing(
     own = [each for each in after if each.is_of(wanted.entry)]
     newest = own.pop()
     assert (newest.local_md5sum, newest.removed, newest.deletable) == (NEW, None, deletable)
-    assert all(each.is_inert for each in own)
+    assert all(each.is_retired for each in own)
     assert not any(each.deletable for each in after if each is not newest)
     others = [each._replace(deletable=False) for each in after if not each.is_of(wanted.entry)]
     assert others == [each._replace(deletable=False) for each in known if not each.is_of(wanted.entry)]

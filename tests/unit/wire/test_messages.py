@@ -16,8 +16,7 @@ from socs_monitor.wire import messages
 from socs_monitor.wire.messages import (
     MAX_FIELDS,
     MAX_STRING,
-    DataFile,
-    G3File,
+    FileMessage,
     Ignored,
     Message,
     MessageError,
@@ -48,7 +47,7 @@ def test_a_data_file_message_carries_its_payload_and_the_publishers_id(publisher
     sent = publisher.encode(payload, "data_file")
 
     message = messages.parse(sent)
-    assert isinstance(message, DataFile)
+    assert isinstance(message, FileMessage)
     assert message.meta == {**payload, "pub_id": "crate1slot2"}
     assert message.envelope == json.loads(sent)
 
@@ -56,7 +55,7 @@ def test_a_data_file_message_carries_its_payload_and_the_publishers_id(publisher
 def test_a_g3_file_message_needs_a_path_only(publisher: Publisher) -> None:
     message = messages.parse(publisher.encode(g3_file("/a/b/c.g3"), "g3_file"))
 
-    assert isinstance(message, G3File)
+    assert isinstance(message, FileMessage)
     assert message.meta == {"path": "/a/b/c.g3", "archive_name": "timestreams", "pub_id": "crate1slot2"}
 
 
@@ -97,7 +96,7 @@ def test_numbers_that_json_does_not_know_come_as_the_senders_write_them() -> Non
 
 @pytest.mark.parametrize("kind", ["start", "stop", "log", "backend_error", "general", "of_a_newer_publisher", ""])
 @pytest.mark.parametrize("payload", [{}, None, "text", [1]], ids=repr)
-def test_what_asks_for_nothing_is_ignored(kind: str, payload: Any) -> None:
+def test_messages_that_need_no_action_are_ignored(kind: str, payload: Any) -> None:
     sent = datagram(kind, payload)
 
     assert messages.parse(sent) == Ignored(json.loads(sent))
@@ -111,7 +110,7 @@ def test_text_is_taken_as_bytes_are() -> None:
 def test_a_publishers_id_is_the_envelopes_whatever_the_payload_says() -> None:
     message = messages.parse(datagram("g3_file", {"path": "/x", "pub_id": "forged"}))
 
-    assert isinstance(message, G3File)
+    assert isinstance(message, FileMessage)
     assert message.meta["pub_id"] == "crate1slot2"
 
 
@@ -149,7 +148,7 @@ def test_what_is_kept_of_a_registration_is_bounded_and_survives_the_spool(
 ) -> None:
     payload = {**fields, "path": path}
     message = messages.parse(json.dumps({"id": id_, "type": kind, "payload": payload}))
-    assert isinstance(message, (DataFile, G3File))
+    assert isinstance(message, FileMessage)
     meta = message.meta
 
     assert meta["path"] == path
@@ -168,11 +167,11 @@ def test_what_is_kept_of_a_registration_is_bounded_and_survives_the_spool(
 @pytest.mark.parametrize("value", [None, True, 0, -1.5, 1e300, math.inf, "", "1.795e9", "x" * 3000, [1], {}], ids=repr)
 @pytest.mark.parametrize("field", [*sorted(data_file("/x").keys() - {"path"}), "archive_name", "of a newer publisher"])
 @pytest.mark.parametrize("kind", ["data_file", "g3_file"])
-def test_whatever_a_registration_says_of_a_path_it_is_taken(kind: str, field: str, value: Any) -> None:
+def test_a_registration_with_a_path_is_accepted_whatever_its_other_fields(kind: str, field: str, value: Any) -> None:
     payload = {**data_file("/x"), field: value}
     message = messages.parse(datagram(kind, payload))
 
-    assert isinstance(message, DataFile if kind == "data_file" else G3File)
+    assert isinstance(message, FileMessage)
     assert message.meta == {**kept(payload), "pub_id": "crate1slot2"}
     assert messages.parse_file(message.text).meta == message.meta
 
@@ -181,7 +180,7 @@ def test_whatever_a_registration_says_of_a_path_it_is_taken(kind: str, field: st
 def test_a_registration_needs_its_type_and_path_only(kind: str) -> None:
     message = messages.parse(json.dumps({"type": kind, "payload": {"path": "/x"}}))
 
-    assert isinstance(message, (DataFile, G3File))
+    assert isinstance(message, FileMessage)
     assert message.meta == {"path": "/x", "pub_id": ""}
 
 
@@ -191,7 +190,7 @@ def test_a_registration_needs_its_type_and_path_only(kind: str) -> None:
 def test_a_publishers_id_is_text(id_: Any, pub_id: str) -> None:
     message = messages.parse(datagram("data_file", data_file("/x"), id=id_))
 
-    assert isinstance(message, DataFile)
+    assert isinstance(message, FileMessage)
     assert message.meta["pub_id"] == pub_id
 
 
@@ -209,11 +208,11 @@ DEEP = b"[" * 500 + b"1" + b"]" * 500
     ],
     ids=lambda text: str(text[:10]),
 )
-def test_text_that_few_parsers_take_is_stored_so_that_it_is_read_alike(before: bytes, after: bytes) -> None:
+def test_unusual_text_is_stored_in_a_form_that_reads_the_same(before: bytes, after: bytes) -> None:
     sent = datagram("data_file", {**WHOLE, "comment": "replaced", "list": [1]}, id="pub").replace(before, after, 1)
     message = messages.parse(sent)
 
-    assert isinstance(message, DataFile)
+    assert isinstance(message, FileMessage)
     assert message.text.isascii()
     assert messages.parse_file(message.text).meta == message.meta
     assert {**message.meta, **WHOLE} == message.meta
@@ -264,7 +263,7 @@ def test_text_that_few_parsers_take_is_stored_so_that_it_is_read_alike(before: b
     ],
     ids=lambda value: repr(value)[-40:],
 )  # fmt: skip
-def test_what_is_no_message_is_refused_with_its_reason(sent: bytes | str, reason: str, detail: str) -> None:
+def test_a_malformed_datagram_is_refused_with_its_reason(sent: bytes | str, reason: str, detail: str) -> None:
     with pytest.raises(MessageError) as error:
         messages.parse(sent)
 
@@ -317,7 +316,7 @@ def test_any_json_is_a_message_that_holds_what_was_sent_or_refused(kind: Any, pa
 
     if message is not None:
         assert repr(message.envelope) == repr(envelope)  # as text, since NaN equals nothing
-    if isinstance(message, (DataFile, G3File)):
+    if isinstance(message, FileMessage):
         assert repr(message.meta["path"]) == repr(payload["path"])
         assert message.meta.keys() == {*kept(payload), "pub_id"}
 
@@ -325,7 +324,7 @@ def test_any_json_is_a_message_that_holds_what_was_sent_or_refused(kind: Any, pa
 @pytest.mark.parametrize(
     "sent", [datagram("start", {}), datagram("session_log", "x"), datagram("metadata", metadata("x", 1))]
 )
-def test_only_what_registers_a_file_is_one_to_the_spool(sent: bytes) -> None:
+def test_parse_file_refuses_other_messages(sent: bytes) -> None:
     with pytest.raises(MessageError, match="no registration"):
         messages.parse_file(sent)
 
@@ -347,6 +346,6 @@ def nested(levels: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "meta", [{}, {"path": 1}, {"path": ""}, {**WHOLE, "pub_id": "a", "x": {1}}, nested(100_000), [], None]
 )
-def test_what_is_no_metadata_of_a_file_has_no_datagram(meta: Any) -> None:
+def test_encode_file_refuses_what_is_not_metadata_of_a_file(meta: Any) -> None:
     with pytest.raises(MessageError):
         messages.encode_file(meta)

@@ -43,13 +43,13 @@ def test_a_datagram_is_the_publishers_json_byte_for_byte(listener: Listener) -> 
 
 def test_every_message_spends_a_number_of_its_own_publisher(listener: Listener) -> None:
     with Publisher("a", listener.address) as a, Publisher("b", listener.address) as b:
-        a.log("x")
+        a.publish({"message": "x"}, "log")
         b.g3_file("/data/so/timestreams/17000/s/1_000.g3")
         a.metadata("AMCc.enable", True)
         a.session_data({"k": 1})
         a.session_log("line")
-        a.backend_error("oh")
-        a.general([1])
+        a.publish({"message": "oh"}, "backend_error")
+        a.publish([1])
 
     assert [(m["id"], m["seq_no"], m["type"], m["payload"]) for m in listener.receive(11)] == [
         ("a", 0, "start", {}),
@@ -70,8 +70,8 @@ def test_what_is_too_large_is_dropped_and_announced(listener: Listener, monkeypa
     monkeypatch.setattr(time, "time", lambda: 1.5)  # whose digits would else change the size
     publisher = Publisher("a", listener.address)
     room = MAX_DATAGRAM - len(publisher.encode("", "general"))
-    publisher.general("x" * room)
-    publisher.general("x" * (room + 1))
+    publisher.publish("x" * room)
+    publisher.publish("x" * (room + 1))
     fits = listener.raw()
     error = json.loads(listener.raw())
     publisher.close()
@@ -84,7 +84,7 @@ def test_what_is_too_large_is_dropped_and_announced(listener: Listener, monkeypa
 def test_ipv6() -> None:
     listener = Listener("::1")
     publisher = Publisher("a", listener.address)
-    publisher.log("six")
+    publisher.publish({"message": "six"}, "log")
     assert listener.receive(1)[0]["payload"] == {"message": "six"}
     publisher.close()
     listener.socket.close()

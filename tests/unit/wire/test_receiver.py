@@ -16,7 +16,8 @@ from twisted.internet.task import Clock
 from socs_monitor.health.events import line
 from socs_monitor.wire import receiver as udp
 from tests.hostile import queue_of
-from tests.testbed.processes import free_udp_port, wait_until
+from tests.testbed.ports import free_udp_port
+from tests.testbed.processes import wait_until
 
 ASKED = 100_000
 
@@ -154,13 +155,13 @@ def test_with_nothing_to_read_it_returns(bench: Bench) -> None:
 
 @pytest.mark.parametrize("datagram", [b"", b"x"], ids=["empty", "tiny"])
 def test_a_flood_leaves_the_reactor_time_for_others(bench: Bench, datagram: bytes, monkeypatch: Any) -> None:
-    monkeypatch.setattr(udp, "_AT_A_TIME", 10)
+    monkeypatch.setattr(udp, "_BATCH", 10)
     bench.send(*[datagram] * 25)
 
     assert [len(bench.read()) for _ in range(4)] == [10, 10, 5, 0]
 
 
-def test_what_comes_alone_is_read_at_once_and_what_follows_is_gathered() -> None:
+def test_a_single_datagram_is_read_at_once_and_following_ones_are_batched() -> None:
     bench = Bench(buffer=udp.BUFFER)
     reading = {bench.receiver}
     for _ in range(2):
@@ -183,7 +184,7 @@ def test_what_comes_alone_is_read_at_once_and_what_follows_is_gathered() -> None
     bench.close()
 
 
-def test_a_small_buffer_is_not_left_to_itself_for_longer_than_it_takes_to_fill(bench: Bench) -> None:
+def test_a_small_buffer_is_read_before_a_flood_can_fill_it(bench: Bench) -> None:
     bench.send(b"1", b"2")
     bench.receiver.doRead()
     assert bench.reactor.readers == set()
@@ -192,7 +193,7 @@ def test_a_small_buffer_is_not_left_to_itself_for_longer_than_it_takes_to_fill(b
     assert bench.reactor.readers == {bench.receiver}
 
 
-def test_closing_the_port_reads_first_what_has_arrived(bench: Bench) -> None:
+def test_what_has_arrived_is_read_before_the_port_is_closed(bench: Bench) -> None:
     bench.receiver.doRead()
     bench.send(b"x")
     bench.receiver.stopListening()
@@ -203,7 +204,7 @@ def test_closing_the_port_reads_first_what_has_arrived(bench: Bench) -> None:
 
 
 def test_drain_reads_all_that_has_arrived(bench: Bench, monkeypatch: Any) -> None:
-    monkeypatch.setattr(udp, "_AT_A_TIME", 10)
+    monkeypatch.setattr(udp, "_BATCH", 10)
     bench.send(*[b"x"] * 35)
     bench.receiver.drain()
 
@@ -213,7 +214,7 @@ def test_drain_reads_all_that_has_arrived(bench: Bench, monkeypatch: Any) -> Non
 @pytest.mark.parametrize(
     "error", [errno.ENOBUFS, errno.ENETDOWN, errno.EBADF, errno.EIO, errno.ENOMEM], ids=errno.errorcode.get
 )
-def test_an_unforeseen_error_of_the_socket_makes_nobody_deaf(bench: Bench, error: int) -> None:
+def test_the_port_is_bound_again_after_an_unexpected_socket_error(bench: Bench, error: int) -> None:
     broken = bench.break_socket(OSError(error, "the socket is broken"))
     bench.send(b"lost with the socket")
     bench.read()
@@ -239,7 +240,7 @@ def test_it_is_bound_again_as_often_as_it_takes(bench: Bench) -> None:
 
 
 @twisted_lets_go_of_it
-def test_a_port_that_somebody_else_took_is_tried_for_until_it_is_free(bench: Bench) -> None:
+def test_a_port_in_use_is_tried_until_it_is_free(bench: Bench) -> None:
     bench.break_socket(OSError(errno.EIO, "broken"))
     bench.receiver.socket._real.close()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
@@ -258,7 +259,7 @@ def test_a_port_that_somebody_else_took_is_tried_for_until_it_is_free(bench: Ben
 
 
 @pytest.mark.parametrize("error", [BlockingIOError(), InterruptedError(), ConnectionRefusedError()], ids=repr)
-def test_what_a_healthy_socket_may_say_is_no_error(bench: Bench, error: OSError) -> None:
+def test_errors_of_a_healthy_socket_are_ignored(bench: Bench, error: OSError) -> None:
     bench.break_socket(error)
     bench.send(b"x")
 
@@ -267,7 +268,7 @@ def test_what_a_healthy_socket_may_say_is_no_error(bench: Bench, error: OSError)
     assert (bench.said, bench.receiver.rebinds) == ([], 0)
 
 
-def test_an_error_at_one_datagram_is_told_and_the_others_are_delivered(bench: Bench) -> None:
+def test_an_error_in_one_datagram_is_reported_and_the_others_are_delivered(bench: Bench) -> None:
     bench.fail_at = lambda datagram: datagram == b"2"
     bench.send(b"1", b"2", b"3")
 
@@ -275,7 +276,7 @@ def test_an_error_at_one_datagram_is_told_and_the_others_are_delivered(bench: Be
     bench.reactor.advance(udp.GATHER_S)
     assert (bench.receiver.rebinds, bench.reactor.readers) == (0, {bench.receiver})
     (said,) = bench.said
-    assert "unforeseen error at a datagram from 127.0.0.1" in said
+    assert "Unexpected error while processing a datagram from 127.0.0.1" in said
     assert "never thought of" in said
 
 
@@ -333,7 +334,7 @@ def test_what_was_dropped_is_counted_over_all_sockets(bench: Bench) -> None:
     assert bench.receiver.dropped == dropped
 
 
-def test_a_kernel_that_does_not_tell_of_drops_is_no_error(bench: Bench, monkeypatch: Any) -> None:
+def test_a_kernel_that_reports_no_drops_is_no_error(bench: Bench, monkeypatch: Any) -> None:
     monkeypatch.setattr(udp, "_SO_MEMINFO", 4711)  # an option that no kernel knows
     bench.receiver.measure()
 
@@ -341,7 +342,7 @@ def test_a_kernel_that_does_not_tell_of_drops_is_no_error(bench: Bench, monkeypa
 
 
 @twisted_lets_go_of_it
-def test_it_listens_but_while_the_port_is_somebody_elses(bench: Bench) -> None:
+def test_it_does_not_listen_while_another_program_has_the_port(bench: Bench) -> None:
     assert bench.receiver.listening
     bench.break_socket(OSError(errno.EIO, "broken"))
     bench.receiver.socket._real.close()
