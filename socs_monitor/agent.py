@@ -19,6 +19,7 @@ from typing import Any
 from ocs import ocs_agent
 from twisted.internet import reactor as _reactor
 from twisted.internet import threads
+from twisted.internet.defer import succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import DatagramProtocol
 
@@ -360,7 +361,8 @@ def main(args: list[str] | None = None) -> None:
     parsed = parse_args(args)  # before logging starts, so that --help and errors look like any command's
     log = start_log()
     agent, runner = ocs_agent.init_site_agent(parsed)
-    agent._stop_all_running_sessions = functools.partial(end_sessions, agent)
+    # OCS would stop `run` for good if the router refuses the agent, e.g. because it still knows an earlier process.
+    agent._stop_all_running_sessions = lambda: succeed(None)
     monitor = PysmurfMonitor(agent, parsed)
     agent.register_process("run", monitor.run, monitor._stop)
     try:

@@ -54,7 +54,7 @@ def repeat(seconds: float, work: Callable[[], None], health: Health) -> None:
 def end_sessions(agent: Any) -> Deferred[Any]:
     """Stop all operations of an OCSAgent and wait until they have ended, at most `_END_S` seconds.
 
-    Replaces OCS's own method, which always waits three seconds, and is called twice.
+    Used at the end of the process instead of OCS's own method, which always waits three seconds, and is called twice.
     """
     running = [session for session in agent.sessions.values() if session is not None and session.status != "done"]
     for session in running:

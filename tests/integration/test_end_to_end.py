@@ -297,6 +297,15 @@ def test_a_healthy_agent_logs_no_warning(agent: StartAgent, tmp_path: Path) -> N
     assert not TROUBLE.search(monitor.log), monitor.log
 
 
+def test_files_are_registered_while_the_router_refuses_the_agent(agent: StartAgent, tmp_path: Path) -> None:
+    """The router may still know an earlier process of the agent, e.g. after a power failure."""
+    agent()
+    refused = agent()
+    refused.wait_log("Is this agent already running")
+    wait_registered(refused, announce(refused, tmp_path / "data", 1))
+    assert refused.stop() == 0
+
+
 def test_sql_statements_are_logged_on_request_only(agent: StartAgent, tmp_path: Path) -> None:
     silent, echoing = agent(), agent(options=[["--echo-sql"]], instance="echoing-monitor")
     for monitor in (silent, echoing):

@@ -167,7 +167,7 @@ def test_garbage_in_place_of_the_database_is_never_overwritten(
         path.rename(aside / path.name)
     monitor.db_path.write_bytes(GARBAGE)
     sent += send_files(sender, 3)
-    wait_degraded(monitor, client, "no SQLite database: move it away")
+    wait_degraded(monitor, client, "not an SQLite database: move it away")
     monitor.wait_for(lambda: set(spooled(spool_of(monitor))) >= set(sent[3:]), 5, "spooled the files")
     assert monitor.db_path.read_bytes() == GARBAGE
 
@@ -175,7 +175,7 @@ def test_garbage_in_place_of_the_database_is_never_overwritten(
         (aside / path.name).rename(path)
     wait_registered(monitor, sent)
     wait_well(monitor, client)
-    assert lines(monitor, "no SQLite database") == 1
+    assert lines(monitor, "not an SQLite database") == 1
 
 
 # --- not writable
