@@ -103,7 +103,7 @@ def test_a_lock_longer_than_any_timeout_is_waited_out(
     wait_well(monitor, client)
 
     assert lines(monitor, "holds the write lock") == 1, "one line at its begin"
-    assert lines(monitor, "the database can be written again") == 1
+    assert lines(monitor, "the database can be used again") == 1
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

@@ -303,7 +303,7 @@ def test_only_allowed_senders_are_accepted(agent: StartAgent, router: Router, tm
     assert shown["malformed"] == {"sender not allowed": 32}
     assert shown["datagrams"]["by_type"] == {"data_file": 2}
     assert shown["files"]["received"] == 2
-    monitor.wait_log("dropped .*sender not allowed.*127.0.0.1")
+    monitor.wait_log("Dropped .*sender not allowed.*127.0.0.1")
     assert_log_is_bounded(monitor)
 
 
