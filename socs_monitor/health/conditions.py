@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from socs_monitor.health.log import MAX_TEXT, Log
-from socs_monitor.wire.text import sanitize
+from socs_monitor.health.log import Log, bounded
 
 # Seconds for which a missing file degrades the agent after its registration became a dead letter.
 FILE_MISSING_S = 3600.0
@@ -42,13 +41,13 @@ class Conditions:
     def set_condition(self, name: str, reason: str, **keys: object) -> None:
         """Begin a condition and log it, or update its reason: what happened, what it means, what to do."""
         begins = name not in self._conditions
-        self._conditions[name] = _Condition(sanitize(reason, MAX_TEXT), math.inf)
+        self._conditions[name] = _Condition(bounded(reason), math.inf)
         if begins:
             self._log.log("error", "degraded", reason, condition=name, **keys)
 
     def set_condition_for(self, name: str, reason: str, seconds: float) -> None:
         """Begin or prolong a condition that ends after some time. The caller logs the event that caused it."""
-        self._conditions[name] = _Condition(sanitize(reason, MAX_TEXT), self._monotonic() + seconds)
+        self._conditions[name] = _Condition(bounded(reason), self._monotonic() + seconds)
 
     def clear_condition(self, name: str, text: str) -> None:
         """End a condition; `text` is logged if it held."""

@@ -9,8 +9,8 @@ from typing import Any
 from socs_monitor.health.activity import StreamActivity, WriteTimes
 from socs_monitor.health.conditions import Conditions
 from socs_monitor.health.counters import Counters
-from socs_monitor.health.log import MAX_TEXT, Log
-from socs_monitor.wire.text import plural, sanitize
+from socs_monitor.health.log import Log, bounded
+from socs_monitor.wire.text import plural
 
 # Seconds between two lines about registered files. A line per batch would add 10 % to the cost of a file.
 REGISTERED_S = 1.0
@@ -95,7 +95,7 @@ class Health:
                 "dead": counts["dead"],
                 "discarded": counts["discarded"],
                 "settling": settling,
-                "last": sanitize(last_path, MAX_TEXT),
+                "last": bounded(last_path),
                 "last_time": last_time,
             },
             "database": counters.writes.data(),

@@ -25,8 +25,8 @@ THROTTLE_S = 60.0
 _MAX_LABELS = 1000
 _SHOWN_LABELS = 5
 
-# Characters of a text in ``session.data``.
-MAX_TEXT = 500
+# Characters of a text in ``session.data``, which must stay below 100 kB (contract).
+_MAX_ASCII, _MAX_WIDE = 500, 100
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Log:
     def log(self, level: str, event: str, text: str, **keys: object) -> None:
         """Write a line about an event (one of `events.EVENTS`)."""
         if level != "info" and event not in events.AT_WILL:
-            self._problems.append({"time": self._clock(), "text": sanitize(text, MAX_TEXT)})
+            self._problems.append({"time": self._clock(), "text": bounded(text)})
         self._write(level, events.line(event, text, keys))
 
     def reporter(self, level: str, event: str) -> Callable[[str], None]:
@@ -139,3 +139,8 @@ class Log:
         if labels:
             text += f" ({', '.join(f'{label}: {number}' for label, number in labels)})"
         self.log(level, event, text, **keys)
+
+
+def bounded(text: str) -> str:
+    """Sanitize and shorten a text for ``session.data``: at most 1,200 bytes of JSON, since a character may take 12."""
+    return sanitize(text, _MAX_ASCII if text.isascii() else _MAX_WIDE)

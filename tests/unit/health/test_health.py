@@ -258,5 +258,5 @@ def test_the_session_data_is_bounded_whatever_senders_write(health: Bench, text:
     for condition in ("database", "spool", "messages_lost", "file_missing"):
         health.conditions.set_condition(condition, text)
 
-    assert len(json.dumps(shown(health))) < 200_000
+    assert len(json.dumps(shown(health))) < 70_000
     assert all(len(line) < 3000 for line in health.lines if "event=registered" in line)
