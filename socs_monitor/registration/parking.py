@@ -71,6 +71,11 @@ class Parking:
         if is_below(f"{path}/", folders) or is_below(f"{os.path.normpath(path)}/", folders):
             raise HungError
 
+    def root_of(self, path: str) -> str:
+        """Return the data root of a file, or ``/`` if it is below none."""
+        normal = os.path.normpath(path)
+        return next((root for root in self._access.roots if is_below(normal, (root,))), "/")
+
     def suspend(self, path: str, offset: int, now: float) -> str:
         """Suspend the folder of a file where a call stalls.
 
@@ -82,10 +87,9 @@ class Parking:
         Returns:
             The folder.
         """
-        normal = os.path.normpath(path)
-        root = next((root for root in self._access.roots if is_below(normal, (root,))), "/")
+        root = self.root_of(path)
         base = root.rstrip("/") + "/"
-        name = base + normal.removeprefix(base).partition("/")[0]
+        name = base + os.path.normpath(path).removeprefix(base).partition("/")[0]
         with self._lock:
             self._folders.setdefault(name, _Folder(root, path, offset, now + PROBE_S))
         return name

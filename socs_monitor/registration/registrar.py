@@ -49,7 +49,7 @@ from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.text import sanitize
 
 # Longest wait (seconds) before the workers are supervised again while they are busy.
-SUPERVISE_S = 0.25
+_SUPERVISE_S = 0.25
 
 # Age (seconds) up to which a hash counts as fresh. The file of an older one is verified before its row is written.
 _FRESH_S = 0.5
@@ -192,8 +192,8 @@ class Registrar:
     def _poll_timeout(self) -> float:
         """Return the seconds until there is something to do, even if nothing arrives."""
         if not self.workers.room:
-            return SUPERVISE_S
-        longest = SUPERVISE_S if self.workers.busy else lookup.RETRY_MAX_S
+            return _SUPERVISE_S
+        longest = _SUPERVISE_S if self.workers.busy else lookup.RETRY_MAX_S
         return min(max(0.0, self._spool.next_due - self._monotonic()), longest)
 
     def _adopt(self, items: Sequence[dict[str, object]]) -> list[Registration]:
@@ -349,7 +349,7 @@ class Registrar:
         results: list[Result] = []
         while len(results) < len(hashed):
             with contextlib.suppress(queue.Empty):
-                results += answers.get(timeout=SUPERVISE_S)
+                results += answers.get(timeout=_SUPERVISE_S)
             self.workers.supervise()
             self._retry.check_stopped()
         self.workers.submit([result.registration for result in results if isinstance(result, Failed)])

@@ -244,14 +244,18 @@ class Workers:
         self._parking.probe(now)
 
     def _relieve(self, worker: _Worker, path: str, now: float) -> None:
-        """Leave a worker the task in hand, which stalls. Another worker takes the rest."""
+        """Leave a worker the task in hand, which stalls. Another worker takes the rest, other data roots first."""
         worker.relieved = True
         worker.folder = self._parking.suspend(path, worker.reading.offset if worker.reading is not None else 0, now)
         if (batch := worker.batch) is None:
             self._start(self._work_in_slices, "hash")
             return
         done = batch.done
-        self._batches.put(_Batch(batch.tasks[done + 1 :], batch.deliver))
+        root = self._parking.root_of(path)
+        rest = batch.tasks[done + 1 :]
+        for stalls in (False, True):  # what may stall, too, must not delay the others
+            tasks = [task for task in rest if (self._parking.root_of(path_of(task)) == root) is stalls]
+            self._batches.put(_Batch(tasks, batch.deliver))
         worker.batch = _Batch(batch.tasks[done : done + 1], batch.deliver)
         batch.tasks = batch.tasks[:done]
         self._deliver(batch)

@@ -82,7 +82,8 @@ class Bench:
         self.clock = clock
         self._spawned: list[threading.Thread] = []
         self.results: list[Result] = []
-        policy = Policy(data_roots=(str(root),), hash_workers=options.pop("hash_workers", 2))
+        data_roots = options.pop("data_roots", (str(root),))
+        policy = Policy(data_roots=data_roots, hash_workers=options.pop("hash_workers", 2))
         self.parking = options.pop("parking", Parking)(Access(policy.data_roots), self.spawn)
         options = {"small": SMALL, **options}
         self.workers = Workers(
@@ -383,6 +384,25 @@ def test_a_large_file_that_becomes_something_else_is_refused(bench: Bench, hang:
 
 
 # --- what hangs
+
+
+def test_a_file_elsewhere_waits_for_one_stall_only_although_many_folders_hang(
+    tmp_path: Path, clock: Clock, hang: Hang
+) -> None:
+    bench = Bench(tmp_path, clock, data_roots=(str(tmp_path / "hung"), str(tmp_path / "other")))
+    names = [f"hung/{number}/a.dat" for number in range(5)] + ["other/a.dat"]
+    for name in names:
+        bench.write(name)
+    for name in names[:-1]:
+        hang.add(bench.path(name))
+    bench.submit(*(bench.registration(name, number) for number, name in enumerate(names)))
+    wait_until(lambda: hang.hanging, 20, "the first one hangs")
+    bench.supervise_for(STALL_S, STALL_S)
+
+    assert reasons(bench.wait(1, "the file elsewhere is hashed")) == {5: None}
+    hang.release_all()
+    assert reasons(bench.wait(6)) == dict.fromkeys(range(6))
+    bench.close()
 
 
 @pytest.mark.parametrize("place", [0, 3, 6])
