@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from socs_monitor.health.health import Health
 from socs_monitor.health.logpipe import LogPipe
+from socs_monitor.health.units import utc
 from socs_monitor.spool.intake import Intake
 from socs_monitor.spool.store import Spool
 from socs_monitor.wire.receiver import Receiver
@@ -76,10 +76,10 @@ class Report:
 
     def _report_losses(self) -> None:
         for loss in self._sequences.settle():
-            when = datetime.fromtimestamp(loss.last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             text = (
-                f"Lost {plural(loss.lost, 'message')} from {loss.id} ({loss.sender}) at {when}. UDP cannot resend them."
-                " Register the timestream files that they announced. Run: socs-monitor backfill ROOT"
+                f"Lost {plural(loss.lost, 'message')} from {loss.id} ({loss.sender}) at {utc(loss.last)} UTC. UDP"
+                " cannot resend them. Register the timestream files that they announced. Run: socs-monitor backfill"
+                " ROOT"
             )
             keys: dict[str, Any] = {"sender": loss.sender, "id": loss.id, "script": loss.script}
             self._health.log.log_throttled("warn", "messages_lost", text, **keys, lost=loss.lost)

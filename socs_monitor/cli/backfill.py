@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from socs_monitor.cli import client
 from socs_monitor.cli.offline import spool_if_stopped
-from socs_monitor.cli.shared import CommandError, add_agent_arguments, counted
+from socs_monitor.cli.shared import CommandError, add_agent_arguments
 from socs_monitor.completeness.scan import Scan, registration_of
 from socs_monitor.suprsync.database import DatabaseUnavailableError
+from socs_monitor.wire.text import plural
 
 _POLL_S = 0.5
 
@@ -56,7 +57,7 @@ def _backfill(args: argparse.Namespace) -> None:
     if missing > len(result["paths"]):
         print(f"... and {missing - len(result['paths'])} more")
     outcome = "Dry run: nothing was registered." if args.dry_run else outcome if missing else ""
-    print(f"Checked {counted(seen, 'timestream file')}: {missing or 'none'} without a row. {outcome}".rstrip())
+    print(f"Checked {plural(seen, 'timestream file')}: {missing or 'none'} without a row. {outcome}".rstrip())
 
 
 def _backfill_by_agent(agent: Any, args: argparse.Namespace, show: Any) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from socs_monitor.cli import offline
-from socs_monitor.cli.shared import counted, size
+from socs_monitor.cli.shared import size
 from socs_monitor.health.units import span
 from socs_monitor.settings import Settings
 from socs_monitor.suprsync import readonly
+from socs_monitor.wire.text import plural
 
 _TABLES = {"supersync_v0", "timecode_dirs_v0"}
 
@@ -95,7 +96,7 @@ def udp_port(settings: Settings, running: bool) -> Iterator[Finding]:
     if running and own:
         yield ok(f"The agent listens on {port}.")
         if dropped := sum(socket.dropped for socket in own):
-            text = f"The kernel has dropped {counted(dropped, 'datagram')} since then: files may not be registered."
+            text = f"The kernel has dropped {plural(dropped, 'datagram')} since then: files may not be registered."
             yield warning(text, "Check the receive buffer below. For timestreams, run: socs-monitor backfill ROOT")
     elif running:
         text = f"The agent does not listen on {port}: messages sent now are lost."

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from socs_monitor.cli import checks, client
 from socs_monitor.cli.checks import Finding, Verdict, failure, ok, warning
-from socs_monitor.cli.shared import CommandError, add_agent_arguments, console, plain
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, console
 from socs_monitor.spool import file
+from socs_monitor.wire.text import sanitize
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +33,9 @@ def _doctor(args: argparse.Namespace) -> int:
     table = Table.grid(padding=(0, 2))
     code = 0
     for subject, (verdict, text, advice) in _findings(args):
-        cell = Text(plain(text))
+        cell = Text(sanitize(text, None))
         if advice and verdict is not Verdict.OK:
-            cell.append(f"\n-> {plain(advice)}", style="bold")
+            cell.append(f"\n-> {sanitize(advice, None)}", style="bold")
         table.add_row(Text(verdict.name.lower(), style=verdict.value), Text(subject), cell)
         code |= verdict is Verdict.FAILURE
     console().print(table)

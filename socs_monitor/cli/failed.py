@@ -9,7 +9,9 @@ from rich.text import Text
 
 from socs_monitor.cli import client
 from socs_monitor.cli.offline import spool_if_stopped
-from socs_monitor.cli.shared import CommandError, add_agent_arguments, console, counted, plain, utc
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, console
+from socs_monitor.health.units import utc
+from socs_monitor.wire.text import plural, sanitize
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +41,12 @@ def _list(args: argparse.Namespace) -> None:
         else:
             data = client.done(client.connect(args).list_failed()).session["data"]
             total, listed = data["total"], data["failed"]
-    title = f"{len(listed)} of {counted(total, 'dead letter')}"
+    title = f"{len(listed)} of {plural(total, 'dead letter')}"
     table = Table("id", "received (UTC)", "sender", "path", "reason", title=title)
     for letter in listed:
         reason = ("refused: " if letter["refused"] else "") + letter["reason"]
         cells = (letter["id"], utc(letter["received"]), letter["sender"], letter["path"], reason)
-        table.add_row(*(Text(plain(cell)) for cell in cells))  # not str: a sender's brackets are not markup
+        table.add_row(*(Text(sanitize(cell, None)) for cell in cells))  # not str: a sender's brackets are not markup
     console().print(table if total else "No dead letters.")
 
 
@@ -58,7 +60,7 @@ def _change(args: argparse.Namespace) -> None:
             print(client.message(client.done(reply)))
             return
         changed = spool.retry(ids) if retries else spool.discard(ids)
-    text = f"{counted(changed, 'dead letter')} {'will be retried when the agent starts' if retries else 'discarded'}."
+    text = f"{plural(changed, 'dead letter')} {'will be retried when the agent starts' if retries else 'discarded'}."
     if ids and (missing := len(set(ids)) - changed):
-        raise CommandError(f"{text} {counted(missing, 'id')} not found. Run: socs-monitor failed list")
+        raise CommandError(f"{text} {plural(missing, 'id')} not found. Run: socs-monitor failed list")
     print(text)

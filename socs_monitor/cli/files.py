@@ -17,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli import client
-from socs_monitor.cli.shared import CommandError, add_agent_arguments, console, counted, plain, utc
+from socs_monitor.cli.shared import CommandError, add_agent_arguments, console
+from socs_monitor.health.units import utc
 from socs_monitor.suprsync import readonly
+from socs_monitor.wire.text import plural, sanitize
 
 _LIMIT = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -64,9 +66,9 @@ def _files(args: argparse.Namespace) -> None:
     elif rows:
         table = Table("id", "added (UTC)", "archive", "state", "local path, remote path", caption=more or None)
         for row in rows:
-            paths = f"{plain(row['local_path'])}\n{plain(row['remote_path'])}"
+            paths = f"{sanitize(row['local_path'], None)}\n{sanitize(row['remote_path'], None)}"
             cells = (row["id"], utc(row["timestamp"]), row["archive_name"], _state(row))
-            table.add_row(*(Text(plain(cell)) for cell in cells), Text(paths, overflow="fold"))
+            table.add_row(*(Text(sanitize(cell, None)) for cell in cells), Text(paths, overflow="fold"))
         console().print(table)
     else:
         print("No matching rows.")
@@ -94,7 +96,7 @@ def _state(row: Mapping[str, Any]) -> str:
     if row["local_md5sum"] == row["remote_md5sum"]:
         return f"copied{removed}"
     attempts = row["failed_copy_attempts"]
-    return f"not copied{removed}" + (f", {counted(attempts, 'failed attempt')}" if attempts else "")
+    return f"not copied{removed}" + (f", {plural(attempts, 'failed attempt')}" if attempts else "")
 
 
 def _time(text: str) -> float:

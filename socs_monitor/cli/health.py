@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
-from socs_monitor.cli.shared import plain
+from socs_monitor.wire.text import sanitize
 
 
 class State(enum.Enum):
@@ -38,7 +38,7 @@ class Health(NamedTuple):
     def line(self) -> str:
         """Return state, reasons and note on one line."""
         parts = [f"{condition}: {reason}" for condition, reason in self.reasons.items()]
-        return plain("; ".join(part.rstrip(".") for part in (str(self.state), *parts, self.note) if part))
+        return sanitize("; ".join(part.rstrip(".") for part in (str(self.state), *parts, self.note) if part), None)
 
     def json(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -41,21 +40,6 @@ def console() -> Console:
 
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if has_width else _PIPE_COLUMNS, highlight=False)
-
-
-def plain(text: object) -> str:
-    """Return text of a sender or a file name on one line, with control characters escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 file" or "2 files"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def utc(timestamp: float) -> str:
-    """Format unix time as date and time in UTC."""
-    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def size(count: float) -> str:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from socs_monitor.cli.health import Health, State
-from socs_monitor.cli.shared import console, counted, plain, size, utc
-from socs_monitor.health.units import span
+from socs_monitor.cli.shared import console, size
+from socs_monitor.health.units import span, utc
+from socs_monitor.wire.text import plural, sanitize
 
 _HEADLINES = {
     State.ALL_WELL: ("green", "all well"),
@@ -77,7 +78,7 @@ def _rows(data: Mapping[str, Any], now: float) -> Iterator[_Row]:
         yield "socket", _socket(socket)
     if database := data.get("database"):
         text = f"last commit {span(database['write'])}, slowest of the last minute {span(database['write_max'])}, "
-        errors = counted(database["errors"], "error")
+        errors = plural(database["errors"], "error")
         yield "database", _text(text, (errors, "yellow" if database["errors"] else ""))
     if spool := data.get("spool"):
         yield "spool", _text(f"{size(spool['bytes'])} of {size(spool['max_bytes'])}")
@@ -123,7 +124,7 @@ def _socket(socket: Mapping[str, Any]) -> Text:
         is_short = socket["buffer"] < socket["buffer_asked"]
         of = f" of {size(socket['buffer_asked'])} requested; run: socs-monitor doctor" if is_short else ""
         text += _text((f", receive buffer {size(socket['buffer'])}{of}", "yellow" if is_short else ""))
-        text += _text(f", bound again {counted(socket['rebinds'], 'time')}") if socket["rebinds"] else Text()
+        text += _text(f", bound again {plural(socket['rebinds'], 'time')}") if socket["rebinds"] else Text()
     return text
 
 
@@ -139,4 +140,4 @@ def _ago(timestamp: float | None, now: float) -> str:
 def _text(*parts: object) -> Text:
     """Join parts, each a value or (value, style). Text from senders is neither markup nor control characters."""
     pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
-    return Text.assemble(*((plain(value), style) for value, style in pairs))
+    return Text.assemble(*((sanitize(value, None), style) for value, style in pairs))
