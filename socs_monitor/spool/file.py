@@ -240,10 +240,15 @@ def empty_journal(db: sqlite3.Connection, path: str) -> None:
                 journal.write(bytes(_JOURNAL_HEADER))
 
 
+def file_bytes(db: sqlite3.Connection) -> int:
+    """Return the size of the spool's file."""
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    return int(pages) * _PAGE
+
+
 def used_bytes(db: sqlite3.Connection) -> int:
     """Return the size of the spool's content: the file without its free pages."""
-    (pages,) = db.execute("PRAGMA page_count").fetchone()
-    return int(pages) * _PAGE - free_bytes(db)
+    return file_bytes(db) - free_bytes(db)
 
 
 def free_bytes(db: sqlite3.Connection) -> int:

@@ -194,7 +194,8 @@ class Spool:
             SpoolError: If they could not be written.
         """
         with self._writing() as db:
-            if file.used_bytes(db) > self.max_bytes:
+            # a file that is small enough needs no second statement on this hot path
+            if file.file_bytes(db) > self.max_bytes and file.used_bytes(db) > self.max_bytes:
                 self._crowd_out(db, _dead_ids(db, refused=1))  # anybody can send those
                 if file.used_bytes(db) > self.max_bytes:
                     raise SpoolFullError(f"the spool {self.path} is full ({self.max_bytes} bytes, --spool-size)")
