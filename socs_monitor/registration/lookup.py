@@ -5,14 +5,15 @@ Pure. Every delay doubles up to a maximum, so that no number of attempts makes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from socs_monitor.registration.work import Failed
+from socs_monitor.registration.work import Failed, FailedLarge, Hashed, HashResult
 from socs_monitor.spool.records import Record, Registration
 from socs_monitor.spool.states import State
 from socs_monitor.suprsync import archive
 from socs_monitor.suprsync.archive import ArchiveError, Entry
+from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire import messages
 from socs_monitor.wire.text import sanitize
 
@@ -68,6 +69,19 @@ def parse(rows: Iterable[Record], failed: list[Failed]) -> list[Registration]:
         else:
             registrations.append(Registration(meta, row.id, row.received, row.sender, row.attempts, row.rounds))
     return registrations
+
+
+def expand(result: HashResult, registrations: Iterable[Registration]) -> Iterator[Hashed | Failed]:
+    """Yield the result of a large file for each registration that waited for it."""
+    for registration in registrations:
+        if isinstance(result, FailedLarge):
+            yield Failed(registration, result.reason, result.refused, withdraw=result.refused)
+            continue
+        entry = next((one for one in entries(registration) if one.local_path == result.path), None)
+        if entry is not None:
+            yield Hashed(registration, HashedFile(entry, result.md5), result.fingerprint)
+        else:
+            yield Failed(registration, sanitize(f"it does not name {result.path}"), refused=True)
 
 
 def retry_delay(attempts: int) -> float:

@@ -9,6 +9,7 @@ crash may happen anywhere, and repeating work is harmless.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -29,7 +30,6 @@ from socs_monitor.registration.rechecks import Rechecks
 from socs_monitor.registration.retry import Retry, StoppedError
 from socs_monitor.registration.work import (
     Failed,
-    FailedLarge,
     Hashed,
     HashResult,
     Recheck,
@@ -45,7 +45,6 @@ from socs_monitor.spool.states import Event, State
 from socs_monitor.spool.store import Spool
 from socs_monitor.suprsync.database import Database
 from socs_monitor.suprsync.sql import Outcome
-from socs_monitor.suprsync.upsert import HashedFile
 from socs_monitor.wire.text import sanitize
 
 # Longest wait (seconds) before the workers are supervised again while they are busy.
@@ -210,14 +209,14 @@ class Registrar:
         return registrations
 
     def _report_parked_folders(self) -> None:
-        if folders := self._parking.folders:
-            self._conditions.set_condition(
-                "disk_hangs",
-                f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere"
-                " are not affected. The disk is probed every minute. Check it with: df -h",
-            )
-        else:
-            self._conditions.clear_condition("disk_hangs", "all disks answer again")
+        folders = self._parking.folders
+        self._conditions.evaluate_condition(
+            "disk_hangs",
+            bool(folders),
+            f"Reading files in {', '.join(folders)} hangs. Their registrations wait in the spool; files elsewhere are"
+            " not affected. The disk is probed every minute. Check it with: df -h",
+            "all disks answer again",
+        )
 
     def _submit(self, due: Sequence[Record]) -> None:
         """Hand due registrations to the workers. Those that need no worker are results of the next step."""
@@ -286,16 +285,14 @@ class Registrar:
 
     def _load(self, result: HashResult, hashed: list[Hashed], failed: list[Failed]) -> None:
         """Add a result per registration of a large file, which until now only the spool has had."""
-        rows = self._retry(lambda: self._spool.load(result.ids))
-        for registration in lookup.parse(rows, failed):
-            if isinstance(result, FailedLarge):
-                failed.append(Failed(registration, result.reason, result.refused, withdraw=result.refused))
-                continue
-            entry = next((one for one in lookup.entries(registration) if one.local_path == result.path), None)
-            if entry is not None:
-                hashed.append(Hashed(registration, HashedFile(entry, result.md5), result.fingerprint))
-            else:
-                failed.append(Failed(registration, sanitize(f"it does not name {result.path}"), refused=True))
+        for start in range(0, len(result.ids), self._batch):  # so that the spool is locked for a short time
+            ids = result.ids[start : start + self._batch]
+            registrations = lookup.parse(self._retry(functools.partial(self._spool.load, ids)), failed)
+            for part in lookup.expand(result, registrations):
+                if isinstance(part, Hashed):
+                    hashed.append(part)
+                else:
+                    failed.append(part)
 
     def _register(self, hashed: list[Hashed], failed: list[Failed]) -> list[Transition]:
         """Write the rows of hashed files. Registrations that the database refuses go to `failed`."""

@@ -201,3 +201,24 @@ def test_more_than_the_queue_holds_while_large_files_are_hashed(tmp_path: Path, 
     chain.step()
     assert chain.counts() == {"received": 40, "settled": 40}
     chain.crash()
+
+
+def test_the_registrations_of_a_large_file_are_loaded_in_batches(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, the spool is locked for a short time only, and accepts others in between."""
+    chain = Chain(tmp_path, clock, clock.monotonic, small=2, batch=4)
+    chain.registrar.begin()
+    chain.write("large.dat", b"large")
+    for number in range(10):
+        chain.accept("large.dat", action=f"act{number}")
+    chain.step()
+    sizes: list[int] = []
+    load = chain.spool.load
+    monkeypatch.setattr(chain.spool, "load", lambda ids: (sizes.append(len(ids)), load(ids))[1])
+    chain.hash_large()
+    chain.step()
+
+    assert len(chain.rows()) == 10
+    assert (sum(sizes), max(sizes)) == (10, 4)
+    chain.crash()
