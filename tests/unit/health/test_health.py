@@ -1,4 +1,4 @@
-"""What the agent says of itself: counts, conditions, and a log that no sender can fill."""
+"""The agent's health: counters, conditions, and a log that no sender can fill."""
 
 from __future__ import annotations
 
